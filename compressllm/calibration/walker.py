@@ -1,0 +1,114 @@
+"""The one sequential pass over decoder blocks that every calibrated method shares.
+
+Each block sees what the blocks before it, already changed, put out. Inside a block all statistics are taken
+in one forward, before anything in it changes.
+
+Source: the block loop of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressllm.calibration.inputs import BlockInputs, embed_windows
+from compressllm.calibration.watch import InputWatch
+from compressllm.core.stats import InputStats, Need
+from compressllm.models.blocks import find_blocks, find_linears
+from compressllm.models.weights import Weights
+
+
+@dataclass
+class Block:
+    """One decoder block of a walk, its weights real until the walk goes on.
+
+    Args:
+        index: Position, front to back.
+        name: Module path.
+        module: The block.
+        linears: Full module path -> prunable linear.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    _inputs: BlockInputs | None = field(repr=False)
+
+    def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
+        """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
+
+        Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
+        """
+        if not needs or self._inputs is None:
+            return dict.fromkeys(self.linears, InputStats(tokens=0))
+        with InputWatch(self.linears, needs) as watch:
+            for batch in range(len(self._inputs)):
+                watch.next_pass()
+                self._inputs.forward(self.module, self.name, batch)
+        return watch.finish()
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How a walk uses the machine. None of it changes what is computed, but for the last bits of sums.
+
+    Args:
+        device: Where the blocks run.
+        batch_tokens: Tokens put through a block at once.
+        memory_limit: Bytes of hidden states held in memory; more spill to disk.
+        spill_folder: Where they spill to; None for the system's temporary folder.
+    """
+
+    device: torch.device = torch.device("cpu")
+    batch_tokens: int = 4096
+    memory_limit: int = 4 << 30
+    spill_folder: Path | None = None
+
+
+def walk_blocks(
+    model: PreTrainedModel,
+    windows: Tensor | None,
+    weights: Weights,
+    options: WalkOptions | None = None,
+    start: int = 0,
+) -> Iterator[Block]:
+    """Yield the decoder blocks front to back; between two of them, send the windows through the changed block.
+
+    Args:
+        model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time.
+        windows: (n, seqlen) token ids, or None for methods that look at no text: then nothing is computed.
+        start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
+
+    Raises: CalibrationError, UnsupportedModelError.
+    """
+    options = options or WalkOptions()
+    blocks = find_blocks(model)
+    inputs: BlockInputs | None = None
+    if windows is not None:
+        weights.load_outside_(blocks.prefix)
+        inputs = embed_windows(
+            model,
+            blocks,
+            windows,
+            device=options.device,
+            batch_windows=max(1, options.batch_tokens // windows.shape[1]),
+            memory_limit=options.memory_limit,
+            spill_folder=options.spill_folder,
+        )
+        weights.release_outside_(blocks.prefix)
+    for index, module in enumerate(blocks.modules):
+        name = blocks.name(index)
+        if index < start and inputs is None:
+            continue
+        weights.load_(name)
+        if index >= start:
+            yield Block(index, name, module, find_linears(module, name), inputs)
+        if inputs is not None and index + 1 < len(blocks.modules):
+            inputs.advance(module, name)
+        weights.release_(name)

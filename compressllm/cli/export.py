@@ -1,0 +1,43 @@
+"""``compressllm export``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compressllm.cli.arguments import AsJson, Model, Out
+from compressllm.cli.output import bytes_text, flag, given, print_json, results, show
+from compressllm.export.config import ExportConfig
+
+
+def export(
+    model: Model,
+    out: Out,
+    format: Annotated[str | None, flag(ExportConfig, "format")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in the form it is shipped in; it is re-read and compared bit by bit."""
+    from compressllm.export.writer import export_model, exported_sizes
+    from compressllm.models.checkpoint import Checkpoint
+    from compressllm.models.loading import resolve_model
+    from compressllm.stages.recipe import make_config
+
+    config = make_config(ExportConfig, given(format=format))
+    facts = export_model(Checkpoint(resolve_model(model)), out, config.format, show)
+    sizes = exported_sizes(Checkpoint(out))
+    total = sum(path.stat().st_size for path in out.iterdir())
+    if as_json:
+        facts_and_sizes = {"sparse_bytes_dense": sizes.dense, "sparse_bytes": sizes.stored, "bytes": total}
+        print_json({**facts.model_dump(mode="json", exclude={"linears"}), **facts_and_sizes, "ratio": sizes.ratio})
+        return
+    results.print(
+        f"{out}: {facts.format}, {len(facts.linears)} sparse linears in {bytes_text(sizes.stored)}, "
+        f"{sizes.ratio:.4f} of their {bytes_text(sizes.dense)} dense; {bytes_text(total)} in all",
+        soft_wrap=True,
+    )
+    if facts.variant:
+        results.print(
+            f"load: import compressllm; AutoModelForCausalLM.from_pretrained({str(out)!r}, variant={facts.variant!r})",
+            soft_wrap=True,
+        )

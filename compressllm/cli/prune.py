@@ -1,0 +1,42 @@
+"""``compressllm prune``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compressllm.calibration.config import CalibrationConfig
+from compressllm.cli.arguments import AsJson, Data, Device, DType, Model, Out, Resume, Seed
+from compressllm.cli.output import flag, given, print_json, show, warn
+from compressllm.cli.summary import print_summary
+from compressllm.prune.config import PruneConfig
+
+
+def prune(
+    model: Model,
+    out: Out,
+    method: Annotated[str | None, flag(PruneConfig, "method")] = None,
+    pattern: Annotated[str | None, flag(PruneConfig, "pattern")] = None,
+    data: Data = None,
+    samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
+    seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
+    seed: Seed = 0,
+    skip: Annotated[list[str] | None, flag(PruneConfig, "skip", "May be repeated.")] = None,
+    dtype: DType = None,
+    device: Device = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a checkpoint in one shot. The pruned model is OUT/model."""
+    from compressllm.stages.recipe import make_recipe, method_spec
+    from compressllm.stages.runner import run_recipe
+
+    settings = given(method=method_spec(method), pattern=pattern, skip=skip, dtype=dtype, device=device)
+    settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
+    recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
+    manifest = run_recipe(recipe, out, resume=resume, show=show, on_warning=warn)
+    if as_json:
+        print_json(manifest)
+    else:
+        print_summary(manifest, out)

@@ -1,0 +1,38 @@
+"""``compressllm run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressllm.cli.arguments import AsJson, Out, Resume
+from compressllm.cli.output import print_json, results, say, show, warn
+from compressllm.cli.summary import print_summary
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one from `compressllm recipe ls`.")],
+    out: Out,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in stages.0.prune.pattern=4:8.")] = None,
+    resume: Resume = True,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and print the resolved recipe; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe."""
+    from compressllm.stages.recipe import read_recipe
+    from compressllm.stages.runner import check_recipe, run_recipe
+    from compressllm.stages.shipped import find_recipe
+
+    resolved = read_recipe(find_recipe(recipe), set_ or ())
+    if dry_run:
+        for line in check_recipe(resolved):
+            say(line)
+        results.print(resolved.to_yaml(), end="", markup=False, soft_wrap=True)
+        return
+    manifest = run_recipe(resolved, Path(out), resume=resume, show=show, on_warning=warn)
+    if as_json:
+        print_json(manifest)
+    else:
+        print_summary(manifest, out)

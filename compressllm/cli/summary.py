@@ -1,0 +1,47 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from compressllm.cli.output import bytes_text, results, seconds_text
+
+
+def print_summary(manifest: dict[str, Any], out: Path) -> None:
+    """One row a stage, to stdout."""
+    table = Table("stage", "linears", "sparsity", "perplexity", "bytes", "seconds", "peak memory", box=None)
+    for stage in manifest["stages"]:
+        metrics = stage["metrics"]
+        table.add_row(
+            _title(stage),
+            str(metrics.get("linears", "")),
+            f"{metrics['sparsity']:.4f}" if "sparsity" in metrics else "",
+            f"{metrics['perplexity']:.3f}" if "perplexity" in metrics else "",
+            _bytes(metrics),
+            seconds_text(stage["seconds"]),
+            bytes_text(stage["peak_memory_bytes"]),
+        )
+    results.print(table)
+    protocols = dict.fromkeys(s["metrics"]["protocol"] for s in manifest["stages"] if "protocol" in s["metrics"])
+    for protocol in protocols:
+        results.print(f"perplexity: {protocol}", soft_wrap=True)
+    models = [stage["model"] for stage in manifest["stages"] if stage["model"]]
+    if models:
+        results.print(f"model: {out / models[-1]}", soft_wrap=True)
+
+
+def _title(stage: dict[str, Any]) -> str:
+    config = stage["config"]
+    if stage["stage"] == "prune":
+        method = config["method"]
+        return f"prune {method if isinstance(method, str) else next(iter(method))} {config['pattern']}"
+    return f"export {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
+
+
+def _bytes(metrics: dict[str, Any]) -> str:
+    if "bytes_before" not in metrics:
+        return ""
+    return f"{bytes_text(metrics['bytes_before'])} -> {bytes_text(metrics['bytes_after'])}"

@@ -1,0 +1,31 @@
+"""Which device and dtype to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+from compressllm.core.config import Device, Dtype
+from compressllm.core.errors import BackendUnavailableError
+
+
+def choose_device(wanted: Device) -> torch.device:
+    """The device asked for; ``auto`` takes a CUDA device if there is one.
+
+    Raises: BackendUnavailableError if CUDA is asked for and not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("device cuda: this machine or this build of torch has none; use --device cpu")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_dtype(wanted: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for; ``auto`` takes the stored one, or float32 where a CPU has no arithmetic for it."""
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    if device.type == "cpu" and (stored == torch.float16 or (stored == torch.bfloat16 and not _cpu_has_bf16())):
+        return torch.float32
+    return stored
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,51 @@
+"""Base of all configs: the same fields serve recipes, flags and the Python API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
+
+from compressllm.core.errors import CompressError
+from compressllm.core.pattern import parse_pattern
+from compressllm.core.registry import Registry, build
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Config(BaseModel):
+    """Frozen settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _pattern(value: Any) -> Any:
+    if not isinstance(value, str | float | int):
+        return value
+    try:
+        return parse_pattern(str(value))
+    except CompressError as error:
+        raise ValueError(str(error)) from None
+
+
+#: A sparsity pattern, written as `parse_pattern` reads it.
+Pattern = Annotated[
+    Any, BeforeValidator(_pattern), PlainSerializer(str), WithJsonSchema({"type": ["string", "number"]})
+]
+
+
+def method_of(registry: Registry[Any]) -> Any:
+    """Annotation of a field that names a method: checked against ``registry`` as soon as it is read."""
+
+    def check(spec: Any) -> Any:
+        try:
+            build(registry, spec)
+        except CompressError as error:
+            raise ValueError(str(error)) from None
+        return spec
+
+    return Annotated[
+        str | dict[str, dict[str, Any] | None],
+        AfterValidator(check),
+    ]

@@ -1,0 +1,76 @@
+"""What a stage reports to while it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+#: Shows progress through items: (items, how many there are, what is being done) -> the same items.
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+def untracked(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    """Show nothing."""
+    return items
+
+
+@dataclass
+class Run:
+    """Where a stage puts what it has to say, and what it may know of the run it is part of.
+
+    Args:
+        seed: The recipe's seed.
+        folder: Existing folder for this stage's files, or None to keep everything in memory.
+        show: Shows progress.
+        records: What was logged, one mapping a call.
+        warnings: What was warned of; goes into the manifest.
+        metrics: The stage's results; go into the manifest.
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    show: Track = untracked
+    on_warning: Callable[[str], None] = lambda message: None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def log(self, **facts: Any) -> None:
+        """Note one fact a row, a pruned linear say."""
+        self.records.append(facts)
+
+    def warn(self, message: str) -> None:
+        """Say something the user should know, now and in the manifest."""
+        self.warnings.append(message)
+        self.on_warning(message)
+
+    def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """Iterate while showing how far it is."""
+        yield from self.show(items, total, label)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents in one step: readers see the old or the new, never a half."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

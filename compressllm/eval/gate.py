@@ -1,0 +1,69 @@
+"""The perplexity gate: a baseline on disk, and whether a new measurement is within reach of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressllm.core.errors import FormatError, RecipeError
+from compressllm.core.run import write_json
+
+#: Two measurements compare only if they agree on all of these.
+_SAME = ("ids_sha256", "seqlen", "windows", "dtype")
+
+
+def parse_increase(text: str) -> float:
+    """``"1%"`` or ``"0.01"`` as a fraction. Raises RecipeError."""
+    try:
+        value = float(text.rstrip().removesuffix("%")) / (100.0 if text.rstrip().endswith("%") else 1.0)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 100.0:
+        raise RecipeError(f"--max-increase {text}: give a percentage as in 1%, or a fraction as in 0.01")
+    return value
+
+
+def write_baseline(path: Path, measured: Mapping[str, Any]) -> None:
+    """Put a measurement into a baseline file, in the place of an older one of the same text and settings."""
+    kept = [old for old in _read(path) if not _comparable(old, measured)] if path.exists() else []
+    write_json(path, {"version": 1, "measurements": [*kept, dict(measured)]})
+
+
+def find_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The baseline's measurement of the same text with the same settings.
+
+    Raises: FormatError if the file cannot be read; RecipeError if it has none that compares.
+    """
+    known = _read(path)
+    for old in known:
+        if _comparable(old, measured):
+            return old
+    differ = [key for key in _SAME if known and known[-1].get(key) != measured.get(key)]
+    raise RecipeError(
+        f"{path}: has no measurement of this text with these settings"
+        + (f" ({', '.join(differ)} differ)" if differ else "")
+        + "; add one with --write-baseline"
+    )
+
+
+def increase(baseline: Mapping[str, Any], measured: Mapping[str, Any]) -> float:
+    """Relative rise in perplexity, negative if it fell."""
+    return float(measured["perplexity"]) / float(baseline["perplexity"]) - 1.0
+
+
+def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return all(old.get(key) == new.get(key) for key in _SAME)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        measurements = json.loads(path.read_text())["measurements"]
+        if not all(float(one["perplexity"]) > 0 for one in measurements):
+            raise ValueError("a perplexity is not positive")
+        return list(measurements)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}; make it with --write-baseline") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: is not a baseline file ({error}); make it with --write-baseline") from None

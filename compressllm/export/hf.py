@@ -1,0 +1,101 @@
+"""Let ``AutoModelForCausalLM.from_pretrained(folder, variant="packed")`` load what we packed.
+
+Importing this module registers it. It runs in the middle of transformers' own import, so nothing here may import a
+model class, directly or through `compressllm.models`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compressllm.core.errors import FormatError
+from compressllm.core.protocols import FORMATS, Format
+from compressllm.core.registry import build
+
+QUANT_METHOD = "compressllm"  # the name in config.json under which transformers finds us
+
+
+@register_quantization_config(QUANT_METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of a packed checkpoint.
+
+    Args:
+        format: The name of the format the sparse linears are stored in.
+    """
+
+    dequantize = True  # the loaded model is a plain one: transformers then drops this config from it
+
+    def __init__(self, format: str, **other: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format = format
+        self.__dict__.update(other)
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedLoader(HfQuantizer):  # type: ignore[misc]
+    """Decodes packed linears while transformers loads them, one at a time; the model keeps its nn.Linear modules."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to pack at load, and formats this version does not know."""
+        if not self.pre_quantized:
+            raise ValueError("compressllm packs at export: run `compressllm export MODEL OUT --format packed`")
+        build(FORMATS, self.quantization_config.format)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One converter: the tensors of a packed linear -> its weight."""
+        chosen: Format = build(FORMATS, self.quantization_config.format)
+        parts = [_pattern(part) for part in chosen.tensors if part != "weight"]  # that one has its name already
+        return [WeightConverter(parts, ".weight", operations=[Unpack(chosen)])]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # save_pretrained undoes the conversions noted here, and there is nothing to undo: it saves plain weights.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
+        ]
+        return model
+
+    def is_serializable(self) -> bool:
+        """True: a loaded model is plain, and saved as such."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True, likewise; training does not keep the pruned weights at zero by itself."""
+        return True
+
+
+class Unpack(ConversionOps):  # type: ignore[misc]
+    """The tensors of one packed linear -> its weight, in the dtype the model was asked for."""
+
+    def __init__(self, chosen: Format) -> None:
+        self._format = chosen
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Decode one weight. Raises FormatError, which transformers reports with the weight's name."""
+        linear = full_layer_name.removesuffix(".weight")
+        parameter = model.get_parameter(full_layer_name)
+
+        def read(name: str) -> Tensor:
+            part = name.removeprefix(f"{linear}.")
+            if not (tensors := input_dict.get(_pattern(part))):
+                raise FormatError(f"the checkpoint has no tensor {name}")
+            return tensors[0]
+
+        weight = self._format.unpack(linear, read, tuple(parameter.shape))
+        return {full_layer_name: weight.to(parameter.dtype)}
+
+
+def _pattern(part: str) -> str:
+    return rf"\.{part}$"

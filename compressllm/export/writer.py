@@ -1,0 +1,237 @@
+"""Write a checkpoint folder in another format, tensor by tensor, and prove that nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressllm import __version__
+from compressllm.core.errors import FormatError
+from compressllm.core.masks import MaskStore, PackedMask, pack_bits, raw
+from compressllm.core.pattern import SparsityPattern
+from compressllm.core.protocols import FORMATS, Format
+from compressllm.core.registry import build
+from compressllm.core.run import Track, untracked
+from compressllm.export.detect import find_sparsity, pattern_of
+from compressllm.export.hf import QUANT_METHOD
+from compressllm.models.blocks import all_linears
+from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
+from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.loading import skeleton, tensor_names
+from compressllm.models.shards import MAX_SHARD_BYTES, ShardWriter, file_sha256
+from compressllm.models.tensorfile import TensorSpec
+
+_NOTE = (
+    "run `import compressllm` before from_pretrained(..., variant={variant!r}); transformers alone refuses the folder"
+)
+
+
+class Sizes(NamedTuple):
+    """Bytes of the sparse linears' weights: in their own dtype with all zeros in place, and as they are stored."""
+
+    dense: int
+    stored: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored over dense; 1.0 if there are none."""
+        return self.stored / self.dense if self.dense else 1.0
+
+
+class _Sparse(NamedTuple):
+    pattern: SparsityPattern
+    mask: PackedMask
+
+
+def export_model(
+    source: Checkpoint,
+    out: Path,
+    format: str,
+    progress: Track = untracked,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Facts:
+    """Write a checkpoint to a new folder in another format. At most a few tensors are in memory at a time.
+
+    The folder appears whole or not at all. Before it does, every tensor is read back from it and compared with the
+    source, byte by byte. Sparse linears are those the source holds masks of; if it holds none, those whose zeros
+    follow a pattern (`find_sparsity`).
+
+    Args:
+        source: Dense with masks, dense with zeros, or in any of our formats.
+        out: Must not exist, or be an empty folder.
+        format: A registered format, ``dense`` or ``packed``.
+        progress: Shows how far it is.
+        max_shard_bytes: Where a weight file is split.
+
+    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, if a mask and its
+        weight disagree, or if what was read back differs; UnsupportedModelError if the model cannot be built.
+    """
+    chosen: Format = build(FORMATS, format)
+    variant = None if chosen.tensors == ("weight",) else format
+    with _appears_whole(out) as work:
+        sparse = _sparse_linears(source, progress)
+        if variant and not sparse:
+            raise FormatError(
+                f"{source.folder}: has no sparse linear, so there is nothing to store {format}; "
+                "prune it first, or export it dense"
+            )
+        facts = Facts(
+            written_by=__version__,
+            format=format,
+            variant=variant,
+            linears={
+                name: LinearFacts(pattern=one.pattern, shape=(one.mask.bits.shape[0], one.mask.columns))
+                for name, one in sparse.items()
+            },
+            masks_sha256=MaskStore({name: one.mask for name, one in sparse.items()}).sha256() if sparse else None,
+            source=source.facts.source if source.facts else {},
+        )
+        facts.write(work)
+        _write_side_files(source, work, facts)
+        _write_tensors(source, work, chosen, sparse, variant, max_shard_bytes, progress)
+        if sparse and not variant:
+            write_masks(work / MASKS_NAME, {name: one.mask for name, one in sparse.items()})
+        written = Checkpoint(work)
+        _compare(source, written, sparse, progress)
+        facts = facts.model_copy(update={"sha256": {path.name: file_sha256(path) for path in written.files}})
+        facts.write(work)
+    return facts
+
+
+def exported_sizes(checkpoint: Checkpoint) -> Sizes:
+    """How large a checkpoint's sparse linears are; at 2:4 packed in 16 bit, the ratio is 0.5625."""
+    if checkpoint.facts is None:
+        return Sizes(0, 0)
+    parts = build(FORMATS, checkpoint.facts.format).tensors
+    plain, stored = checkpoint.specs, checkpoint.stored_specs
+    linears = checkpoint.facts.linears
+    return Sizes(
+        sum(plain[f"{name}.weight"].bytes for name in linears),
+        sum(stored[f"{name}.{part}"].bytes for name in linears for part in parts),
+    )
+
+
+def _sparse_linears(source: Checkpoint, progress: Track) -> dict[str, _Sparse]:
+    """Sparse linears by their name in the checkpoint, in the model's order."""
+    model = skeleton(source)
+    masks, patterns = source.masks(), source.facts.patterns if source.facts else {}
+    if masks:
+        return {name: _Sparse(patterns.get(name) or pattern_of(masks[name]), masks.packed(name)) for name in masks}
+    stored_name = tensor_names(model, source)
+    linears = [stored_name[f"{name}.weight"].removesuffix(".weight") for name in all_linears(model)]
+    found: dict[str, _Sparse] = {}
+    for name in progress(linears, len(linears), "looking for zeros"):
+        if sparsity := find_sparsity(source.read(f"{name}.weight")):
+            pattern, keep = sparsity
+            found[name] = _Sparse(pattern, PackedMask(pack_bits(keep), keep.shape[1]))
+    return found
+
+
+def _write_tensors(
+    source: Checkpoint,
+    work: Path,
+    chosen: Format,
+    sparse: dict[str, _Sparse],
+    variant: str | None,
+    max_shard_bytes: int,
+    progress: Track,
+) -> None:
+    layout: dict[str, TensorSpec] = {}
+    for name, spec in source.specs.items():
+        owner = _sparse_owner(name, sparse)
+        if owner is None:
+            layout[name] = spec
+        else:
+            parts = chosen.layout(owner, spec.dtype, sparse[owner].mask.keep())
+            layout.update({part: TensorSpec(*each) for part, each in parts.items()})
+    writer = ShardWriter(work, layout, variant, max_shard_bytes)
+    try:
+        for name in progress(source.specs, len(source.specs), "writing"):
+            owner = _sparse_owner(name, sparse)
+            if owner is None:
+                writer.write(name, source.read(name))
+                continue
+            weight, keep = source.read(name), sparse[owner].mask.keep()
+            if lost := int(((weight != 0) & ~keep).count_nonzero()):
+                raise FormatError(
+                    f"{source.folder}: {name} holds {lost} weights that are not zero where its mask prunes; "
+                    f"set them to zero, or remove {MASKS_NAME}"
+                )
+            for part, tensor in chosen.pack(owner, weight, keep):
+                writer.write(part, tensor)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _write_side_files(source: Checkpoint, work: Path, facts: Facts) -> None:
+    source.copy_side_files(work)
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
+    # Either key makes newer loaders refuse a plain checkpoint, whatever it says.
+    config.pop("quantization_config", None)
+    config.pop("sparsity_config", None)
+    if facts.variant:
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format": facts.format,
+            "version": facts.version,
+            "note": _NOTE.format(variant=facts.variant),
+        }
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _compare(source: Checkpoint, written: Checkpoint, sparse: dict[str, _Sparse], progress: Track) -> None:
+    """Raise FormatError unless ``written``, read from its files, stands for the source's very bytes."""
+    expected = source.specs
+    if differing := expected.keys() ^ written.specs.keys():
+        raise FormatError(f"{written.folder}: after writing, {min(differing)} is in one of source and export only")
+    for name in progress(expected, len(expected), "comparing"):
+        before, after = raw(source.read(name)), raw(written.read(name))
+        owner = _sparse_owner(name, sparse)
+        if owner is not None:
+            keep = sparse[owner].mask.keep()
+            before.masked_fill_(~keep, 0)  # -0.0 at a pruned place is written as +0.0
+            stored = written.mask(owner)
+            if stored is None or not torch.equal(stored, keep):
+                raise FormatError(f"{written.folder}: the mask of {owner} reads back differently; is the disk sound?")
+        if not _same_bytes(before, after):
+            raise FormatError(f"{written.folder}: {name} reads back differently from the source; is the disk sound?")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _sparse_owner(name: str, sparse: dict[str, _Sparse]) -> str | None:
+    owner = name.removesuffix(".weight")
+    return owner if owner != name and owner in sparse else None
+
+
+@contextlib.contextmanager
+def _appears_whole(out: Path) -> Iterator[Path]:
+    """A scratch folder beside ``out`` that takes its place when the block succeeds, and vanishes when it does not."""
+    out = out.absolute()
+    try:
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise FormatError(f"{out}: exists already and holds something; name a new folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}.partial")
+        work.mkdir()
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        yield work
+        os.replace(work, out)
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

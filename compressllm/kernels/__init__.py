@@ -1,0 +1,1 @@
+"""What computes sparse linears: torch and core only."""

@@ -1,0 +1,101 @@
+"""Find the decoder blocks and prunable linears of any Hugging Face causal LM, by shape rather than class name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compressllm.core.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """The decoder blocks of a model.
+
+    Args:
+        prefix: Module path of their ModuleList, for example ``model.layers``.
+        modules: The blocks, front to back.
+    """
+
+    prefix: str
+    modules: nn.ModuleList
+
+    def name(self, index: int) -> str:
+        """Module path of block ``index``."""
+        return f"{self.prefix}.{index}"
+
+
+def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
+    """The ModuleList as long as ``num_hidden_layers`` whose members hold linears.
+
+    Raises: UnsupportedModelError if there is none, or more than one (an encoder-decoder, say).
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        DecoderBlocks(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all(_weight_matrices(member) for member in module)
+    ]
+    outermost = [one for one in found if not any(one.prefix.startswith(f"{other.prefix}.") for other in found)]
+    if len(outermost) != 1:
+        places = ", ".join(one.prefix for one in outermost) or "none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: needs one list of {depth} decoder blocks, found {places}; "
+            "only decoder-only causal language models are supported"
+        )
+    return outermost[0]
+
+
+def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """Prunable linears of one block: full module path -> nn.Linear, in definition order.
+
+    Routers and one-output gates are left out: they choose, and a wrong choice costs more than it saves.
+
+    Raises: UnsupportedModelError if the block keeps its matrices in a form that cannot be pruned yet.
+    """
+    linears: dict[str, nn.Linear] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, Conv1D):
+            raise UnsupportedModelError(
+                f"{prefix}.{name}: is a Conv1D, which stores its weight transposed (GPT-2 family); "
+                "such models are not supported yet"
+            )
+        fused = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
+        if fused:
+            raise UnsupportedModelError(
+                f"{prefix}.{name}.{fused[0]}: fuses all experts of a mixture in one tensor; "
+                "such models are not supported yet"
+            )
+        router = name.rsplit(".", 1)[-1] in {"router", "gate"} or "router" in name
+        if isinstance(module, nn.Linear) and module.out_features > 1 and not router:
+            linears[f"{prefix}.{name}"] = module
+    if not linears:
+        raise UnsupportedModelError(f"{prefix}: holds no nn.Linear to prune")
+    return linears
+
+
+def all_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The prunable linears of every block, front to back.
+
+    Raises: UnsupportedModelError if one weight serves in two places.
+    """
+    blocks = find_blocks(model)
+    linears: dict[str, nn.Linear] = {}
+    for index, module in enumerate(blocks.modules):
+        linears.update(find_linears(module, blocks.name(index)))
+    users: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = name.removesuffix(".weight")
+        first = users.setdefault(id(parameter), owner)
+        if first != owner and (first in linears or owner in linears):
+            raise UnsupportedModelError(f"{owner}: shares its weight with {first}; tied linears cannot be pruned")
+    return linears
+
+
+def _weight_matrices(module: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in module.parameters())

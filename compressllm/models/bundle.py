@@ -1,0 +1,66 @@
+"""Bundle: what passes from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compressllm.core.masks import MaskStore
+from compressllm.core.pattern import SparsityPattern
+from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.loading import load_model, load_tokenizer, resolve_model, skeleton
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with its tokenizer and masks.
+
+    Args:
+        model: The model. With a ``checkpoint``, only its modules: the parameters are on the meta device and
+            the weights are read from the checkpoint when they are needed.
+        tokenizer: None if the checkpoint carries none; enough for token ids.
+        masks: Linear name -> keep mask, of the linears that are sparse.
+        patterns: Linear name -> pattern, likewise.
+        checkpoint: Where the weights are; None if ``model`` holds them itself.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    masks: MaskStore = field(default_factory=MaskStore)
+    patterns: Mapping[str, SparsityPattern] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+
+    def live(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
+        """The whole model in memory; the bundle's own if it holds its weights itself."""
+        return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device)
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest window the model's positions allow, or 2048 if its config does not say."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids lie below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of most of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def open_bundle(model: str) -> Bundle:
+    """A bundle whose weights stay on disk.
+
+    Args:
+        model: Anything `resolve_model` takes.
+
+    Raises: FormatError, UnsupportedModelError.
+    """
+    checkpoint = Checkpoint(resolve_model(model))
+    patterns = checkpoint.facts.patterns if checkpoint.facts else {}
+    return Bundle(skeleton(checkpoint), load_tokenizer(checkpoint), checkpoint.masks(), patterns, checkpoint)

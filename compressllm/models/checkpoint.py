@@ -1,0 +1,145 @@
+"""A checkpoint folder: its tensors one at a time, whatever format its sparse linears are stored in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from compressllm.core.errors import FormatError, UnsupportedModelError
+from compressllm.core.masks import MaskStore, PackedMask
+from compressllm.core.protocols import FORMATS
+from compressllm.core.registry import build
+from compressllm.models.facts import FILE_NAME, Facts, read_facts
+from compressllm.models.shards import ShardReader
+from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+
+MASKS_NAME = "masks.safetensors"
+
+
+class Checkpoint:
+    """Read-only view of a checkpoint folder, dense or packed.
+
+    Sparse linears stored packed are decoded as they are read, so every reader sees plain weights.
+
+    Raises: FormatError if the folder is not a whole checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").exists():
+            raise FormatError(f"{folder}: holds no config.json, so it is not a model folder")
+        self.facts: Facts | None = read_facts(folder)
+        self._shards = ShardReader(folder, self.facts.variant if self.facts else None)
+        self._format = None if self.facts is None or self.facts.format == "dense" else build(FORMATS, self.facts.format)
+        self._packed = {n: one.shape for n, one in self.facts.linears.items()} if self.facts and self._format else {}
+        self._masks = TensorFile(folder / MASKS_NAME) if (folder / MASKS_NAME).exists() else None
+
+    def config(self) -> PreTrainedConfig:
+        """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
+        try:
+            config = AutoConfig.from_pretrained(self.folder)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None
+        quantization = getattr(config, "quantization_config", None)
+        if self._format is not None and hasattr(config, "quantization_config"):
+            del config.quantization_config  # what we read is plain weights, and so is what is built from this config
+        elif quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+            raise UnsupportedModelError(
+                f"{self.folder}: is quantised ({method}); dequantise it first, or start from the original weights"
+            )
+        return config
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Name -> dtype and shape of every tensor, packed linears as the plain ``.weight`` they stand for."""
+        stored = self._shards.specs
+        if self._format is None:
+            return stored
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in stored.items():
+            owner, _, part = name.rpartition(".")
+            if owner not in self._packed or part not in self._format.tensors:
+                specs[name] = spec
+            elif part == self._format.tensors[0]:
+                specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._packed[owner])
+        return specs
+
+    @property
+    def stored_specs(self) -> dict[str, TensorSpec]:
+        """Name -> dtype and shape of the tensors as they lie on disk."""
+        return self._shards.specs
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that holds weights or masks."""
+        masks = [self.folder / MASKS_NAME] if self._masks else []
+        return [self.folder / name for name in sorted(self._shards.files)] + masks
+
+    def read(self, name: str) -> Tensor:
+        """A fresh CPU tensor. Raises FormatError if it is missing or damaged."""
+        owner = name.removesuffix(".weight")
+        if owner == name or owner not in self._packed or self._format is None:
+            return self._shards.read(name)
+        return self._format.unpack(owner, self._shards.read, self._packed[owner])
+
+    def mask(self, linear: str) -> Tensor | None:
+        """The stored (out, in) bool mask of a linear, or None if it has none."""
+        if linear in self._packed and self._format is not None:
+            return self._format.mask(linear, self._shards.read, self._packed[linear])
+        if self._masks is None or linear not in self._masks.specs:
+            return None
+        return self._packed_mask(linear).keep()
+
+    def masks(self) -> MaskStore:
+        """All stored masks, in the model's order."""
+        if self._packed:
+            store = MaskStore()
+            for linear in self._packed:
+                if (keep := self.mask(linear)) is not None:
+                    store[linear] = keep
+            return store
+        names = [] if self._masks is None else [n for n in self._linear_names() if n in self._masks.specs]
+        return MaskStore({name: self._packed_mask(name) for name in names})
+
+    def copy_side_files(self, to: Path) -> None:
+        """Copy config, tokenizer and other small files, but no weights and nothing of ours."""
+        for path in sorted(self.folder.iterdir()):
+            if path.name == FILE_NAME or ".index." in path.name:  # an index of shards, pickled ones included
+                continue
+            if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}:
+                shutil.copyfile(path, to / path.name)
+
+    def _linear_names(self) -> list[str]:
+        return list(self.facts.linears) if self.facts else sorted(self._masks.specs) if self._masks else []
+
+    def _packed_mask(self, linear: str) -> PackedMask:
+        weight = self.specs.get(f"{linear}.weight")
+        if self._masks is None or weight is None:
+            raise FormatError(f"{self.folder / MASKS_NAME}: has a mask of {linear}, which the checkpoint lacks")
+        bits = self._masks.read(linear)
+        out, columns = weight.shape
+        if tuple(bits.shape) != (out, -(-columns // 8)):
+            raise FormatError(
+                f"{self.folder / MASKS_NAME}: the mask of {linear} does not fit its weight {weight.shape}"
+            )
+        return PackedMask(bits, columns)
+
+
+def write_masks(path: Path, masks: MaskStore | Mapping[str, PackedMask]) -> None:
+    """Write masks as ``name -> (out, ceil(in / 8)) uint8``, lowest bit first."""
+    packed = {name: masks.packed(name) if isinstance(masks, MaskStore) else masks[name] for name in masks}
+    writer = TensorFileWriter(path, {name: TensorSpec(m.bits.dtype, tuple(m.bits.shape)) for name, m in packed.items()})
+    for name, mask in packed.items():
+        writer.write(name, mask.bits)
+    writer.close()
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first non-empty line, for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

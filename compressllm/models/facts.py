@@ -1,0 +1,75 @@
+"""``compressllm.json``: what we know of a checkpoint folder we wrote, in a file no loader interprets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from compressllm.core.errors import FormatError
+from compressllm.core.pattern import SparsityPattern, parse_pattern
+
+FILE_NAME = "compressllm.json"
+
+Pattern = Annotated[Any, BeforeValidator(parse_pattern), PlainSerializer(str)]
+
+
+class LinearFacts(BaseModel):
+    """One sparse linear: its pattern and its (out, in) shape."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pattern: Pattern
+    shape: tuple[int, int]
+
+
+class Facts(BaseModel):
+    """Contents of ``compressllm.json``.
+
+    Args:
+        version: Version of this file's schema.
+        written_by: Version of compressllm.
+        format: How sparse linears lie on disk: ``dense`` or a packed format's name.
+        variant: The variant in the shards' names, None for plain names.
+        linears: Linear name -> pattern and shape, of the linears that are sparse.
+        masks_sha256: Hash of all masks (`MaskStore.sha256`).
+        source: Where the weights came from.
+        sha256: File name -> hash, of every weight file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    written_by: str
+    format: str = "dense"
+    variant: str | None = None
+    linears: dict[str, LinearFacts] = {}
+    masks_sha256: str | None = None
+    source: dict[str, Any] = {}
+    sha256: dict[str, str] = {}
+
+    @property
+    def patterns(self) -> dict[str, SparsityPattern]:
+        """Linear name -> pattern."""
+        return {name: linear.pattern for name, linear in self.linears.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write ``compressllm.json`` into ``folder``."""
+        (folder / FILE_NAME).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """The facts of a folder we wrote, or None of one we did not.
+
+    Raises: FormatError if the file is there and damaged.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        return Facts.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FormatError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again") from None

@@ -1,0 +1,167 @@
+"""The record of a walk: finished blocks, in the model or in a folder from which an interrupted walk resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compressllm import __version__
+from compressllm.core.errors import RunError
+from compressllm.core.masks import MaskStore, pack_bits
+from compressllm.core.pattern import SparsityPattern
+from compressllm.core.run import write_json
+from compressllm.models.bundle import Bundle
+from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
+from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.loading import skeleton
+from compressllm.models.shards import ShardWriter, file_sha256
+from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
+from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
+
+Rows = list[dict[str, Any]]
+
+
+class Record(Protocol):
+    """Where a walk's results go as blocks are finished."""
+
+    weights: Weights
+    done: int
+    """Blocks that an earlier, interrupted walk had finished."""
+    rows: Rows
+    """What was logged of finished blocks."""
+
+    def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
+        """A loaded block has its final weights and these (out, in) masks."""
+        ...
+
+    def close(self) -> Bundle:
+        """All blocks are finished: the resulting bundle."""
+        ...
+
+
+class LiveRecord:
+    """Results go into the model, in place."""
+
+    def __init__(self, bundle: Bundle, patterns: Mapping[str, SparsityPattern]) -> None:
+        self.weights: Weights = LiveWeights(bundle.model)
+        self.done = 0
+        self.rows: Rows = []
+        self._bundle, self._patterns = bundle, patterns
+        self._masks = bundle.masks.copy()
+
+    def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
+        """Keep masks and rows; the weights are where they belong already."""
+        for name, keep in masks.items():
+            self._masks[name] = keep
+        self.rows += rows
+
+    def close(self) -> Bundle:
+        """The same model with its new masks."""
+        return replace(self._bundle, masks=self._masks, patterns={**self._bundle.patterns, **self._patterns})
+
+
+class FolderRecord:
+    """Results go to a checkpoint folder, block by block; a killed walk resumes after its last finished block.
+
+    The shards have their final layout from the start, so a finished block is written once and in its place.
+    ``progress.json`` names a block only after its bytes are synced.
+
+    Args:
+        bundle: A bundle with a checkpoint.
+        patterns: Linear name -> pattern, of the linears that the walk makes sparse.
+        folder: Existing folder; the checkpoint appears in it as ``model`` when the walk is over.
+        fingerprint: Everything the results depend on. A record left with another fingerprint is refused.
+
+    Raises: RunError for such a record; OSError if the disk is full.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        patterns: Mapping[str, SparsityPattern],
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if bundle.checkpoint is None:
+            raise TypeError("a FolderRecord needs a bundle whose weights are in a checkpoint")
+        self._source, self._bundle = bundle.checkpoint, bundle
+        self._patterns = {**bundle.patterns, **patterns}
+        self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / "progress.json"
+        self._fingerprint = json.loads(json.dumps({**fingerprint, "source": _identity(self._source)}))
+        self._blocks, self.rows = self._resume()
+        self.done = len(self._blocks)
+        self._work.mkdir(exist_ok=True)
+        specs = self._source.specs
+        self._out = ShardWriter(self._work, specs)
+        shapes = {name: specs[f"{name}.weight"].shape for name in self._patterns}
+        bits = {name: TensorSpec(torch.uint8, (rows, -(-columns // 8))) for name, (rows, columns) in shapes.items()}
+        self._shapes = shapes
+        self._mask_file = TensorFileWriter(self._work / MASKS_NAME, bits)
+        self.weights: Weights = StreamedWeights(bundle.model, self._source, self._out, set(self._blocks), dtype, device)
+
+    def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
+        """Write the block's weights and masks, then note that it is finished."""
+        for name, keep in masks.items():
+            self._mask_file.write(name, pack_bits(keep).cpu())
+        self._mask_file.sync()
+        self._streamed.finish_(block)
+        self._blocks.append(block)
+        self.rows += rows
+        write_json(self._journal, {"fingerprint": self._fingerprint, "blocks": self._blocks, "rows": self.rows})
+
+    def close(self) -> Bundle:
+        """Copy everything outside the blocks, move the folder into place and open it."""
+        self._streamed.finish_rest_()
+        walked = {row["linear"] for row in self.rows}
+        for name in self._patterns:
+            if name not in walked:  # sparse already, and left as it was
+                self._mask_file.write(name, self._bundle.masks.packed(name).bits)
+        self._out.finish()
+        self._mask_file.close()
+        self._source.copy_side_files(self._work)
+        masks = Checkpoint(self._work).masks()
+        files = sorted(path for path in self._work.iterdir() if path.suffix == ".safetensors")
+        Facts(
+            written_by=__version__,
+            linears={n: LinearFacts(pattern=p, shape=self._shapes[n]) for n, p in self._patterns.items()},
+            masks_sha256=masks.sha256(),
+            source={"folder": self._source.folder.name},
+            sha256={path.name: file_sha256(path) for path in files},
+        ).write(self._work)
+        self._work.replace(self._final)
+        self._journal.unlink()
+        checkpoint = Checkpoint(self._final)
+        return Bundle(skeleton(checkpoint), self._bundle.tokenizer, checkpoint.masks(), self._patterns, checkpoint)
+
+    @property
+    def _streamed(self) -> StreamedWeights:
+        if not isinstance(self.weights, StreamedWeights):
+            raise TypeError("the record's weights were replaced")
+        return self.weights
+
+    def _resume(self) -> tuple[list[str], Rows]:
+        if not self._journal.exists():
+            shutil.rmtree(self._work, ignore_errors=True)  # killed before its first block was finished
+            return [], []
+        progress = json.loads(self._journal.read_text())
+        changed = [key for key, value in self._fingerprint.items() if progress["fingerprint"].get(key) != value]
+        if changed:
+            raise RunError(
+                f"{self._work.parent}: was begun with another {', '.join(changed)}; "
+                "restore it, or start again in a new folder"
+            )
+        return list(progress["blocks"]), list(progress["rows"])
+
+
+def _identity(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Cheap stand-in for the checkpoint's hash: name, size and modification time of its files."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]

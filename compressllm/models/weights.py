@@ -1,0 +1,160 @@
+"""Where the weights are while a model is walked: in the model, or on disk with one block in memory at a time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.loading import place_, tensor_names
+from compressllm.models.shards import ShardWriter
+
+
+class Weights(Protocol):
+    """Access to a model's weights, block by block."""
+
+    def load_(self, name: str) -> None:
+        """Make the parameters of the module at path ``name`` real."""
+        ...
+
+    def load_outside_(self, blocks: str) -> None:
+        """Make the parameters outside the blocks and the output head real, as the first block's input needs them."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Parameter ``name`` of a loaded module, in the dtype it is stored in. Not to be changed."""
+        ...
+
+    def replace_(self, name: str, value: Tensor) -> None:
+        """Give parameter ``name`` of a loaded module a new value, in any float dtype."""
+        ...
+
+    def release_(self, name: str) -> None:
+        """The module at path ``name`` is not needed in memory any more."""
+        ...
+
+    def release_outside_(self, blocks: str) -> None:
+        """What `load_outside_` made real is not needed any more."""
+        ...
+
+
+class LiveWeights:
+    """Weights the model holds itself. Changes them in place; nothing is ever released."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def load_(self, name: str) -> None:
+        """Nothing to do."""
+
+    def load_outside_(self, blocks: str) -> None:
+        """Nothing to do."""
+
+    def read(self, name: str) -> Tensor:
+        """The parameter."""
+        return self._model.get_parameter(name).data
+
+    def replace_(self, name: str, value: Tensor) -> None:
+        """Copy ``value`` into the parameter."""
+        self._model.get_parameter(name).data.copy_(value)
+
+    def release_(self, name: str) -> None:
+        """Nothing to do."""
+
+    def release_outside_(self, blocks: str) -> None:
+        """Nothing to do."""
+
+
+class StreamedWeights:
+    """Weights read from a checkpoint block by block, and written to another as blocks are finished.
+
+    Args:
+        model: Its skeleton; a module's parameters are real between load_ and release_.
+        source: Where weights come from.
+        out: Receives finished blocks, under the checkpoint's names.
+        finished: Paths of the blocks that ``out`` holds already; these are read from it.
+        dtype: Dtype of the parameters while they are real; what is written keeps the stored dtype.
+        device: Where parameters are put.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Checkpoint,
+        out: ShardWriter,
+        finished: set[str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model, self._source, self._out = model, source, out
+        self.finished = set(finished)
+        self._dtype, self._device = dtype, device
+        self._stored_name = tensor_names(model, source)
+        self._meta = dict(model.state_dict(keep_vars=True))
+        self._held: dict[str, Tensor] = {}
+        for name, buffer in model.named_buffers():
+            if name not in self._stored_name:  # computed at construction, as rotary frequencies are
+                place_(model, name, buffer, None, device)
+
+    def load_(self, name: str) -> None:
+        """Read the module's tensors and put them on the device."""
+        read = self._out.read if name in self.finished else self._source.read
+        for key in self._inside(name):
+            self._held[key] = read(self._stored_name[key])
+            place_(self._model, key, self._held[key], self._dtype, self._device)
+
+    def load_outside_(self, blocks: str) -> None:
+        """Read what lies outside the blocks, but for the output head, which no block needs."""
+        for key in self._outside(blocks):
+            place_(self._model, key, self._source.read(self._stored_name[key]), self._dtype, self._device)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored, on the CPU."""
+        return self._held[name]
+
+    def replace_(self, name: str, value: Tensor) -> None:
+        """Round ``value`` to the stored dtype, for the file, and from there to the dtype of the walk."""
+        self._held[name] = value.to("cpu", self._held[name].dtype)
+        place_(self._model, name, self._held[name], self._dtype, self._device)
+
+    def release_(self, name: str) -> None:
+        """Free the module's tensors."""
+        for key in self._inside(name):
+            self._held.pop(key, None)
+            self._unload_(key)
+
+    def release_outside_(self, blocks: str) -> None:
+        """Free what lies outside the blocks."""
+        for key in self._outside(blocks):
+            self._unload_(key)
+
+    def finish_(self, name: str) -> None:
+        """Write a loaded block's tensors out and sync them to disk."""
+        for key in self._inside(name):
+            self._out.write(self._stored_name[key], self._held[key])
+        self._out.sync()
+        self.finished.add(name)
+
+    def finish_rest_(self) -> None:
+        """Copy every tensor outside the finished blocks as it is."""
+        inside = {self._stored_name[key] for name in self.finished for key in self._inside(name)}
+        for name in self._source.specs:
+            if name not in inside:
+                self._out.write(name, self._source.read(name))
+        self._out.sync()
+
+    def _inside(self, name: str) -> list[str]:
+        return [key for key in self._stored_name if key.startswith(f"{name}.")]
+
+    def _outside(self, blocks: str) -> list[str]:
+        base = f"{self._model.base_model_prefix}."
+        return [key for key in self._stored_name if key.startswith(base) and not key.startswith(f"{blocks}.")]
+
+    def _unload_(self, key: str) -> None:
+        owner, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(owner)
+        empty = self._meta[key]
+        (module._parameters if isinstance(empty, nn.Parameter) else module._buffers)[leaf] = empty

@@ -1,0 +1,29 @@
+"""Settings of the prune stage."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from compressllm.calibration.config import CalibrationConfig
+from compressllm.core.config import Config, Device, Dtype, Pattern, method_of
+from compressllm.core.pattern import NM
+from compressllm.core.protocols import PRUNERS
+
+
+class PruneConfig(Config):
+    """Prune a checkpoint in one shot."""
+
+    method: method_of(PRUNERS) = "wanda"  # type: ignore[valid-type]
+    """How weights are chosen: a name from `compressllm list pruners`, or {name: {option: value}}."""
+    pattern: Pattern = NM(2, 4)
+    """What stays: N:M as in 2:4 (keep 2 of every 4), or the fraction removed as in 0.5, 0.5/row, 0.5/layer."""
+    skip: tuple[str, ...] = ()
+    """Globs of linears to leave dense, as in '*.o_proj' or 'model.layers.0.*'."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """Text the method looks at, if it looks at any."""
+    dtype: Dtype = "auto"
+    """Dtype of the forward passes; what is stored keeps its own."""
+    device: Device = "auto"
+    """Where the forward passes run."""
+    activation_memory_gb: float = Field(default=4.0, ge=0)
+    """Hidden states held in memory; more spill to disk."""

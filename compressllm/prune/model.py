@@ -1,0 +1,144 @@
+"""Prune a model, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressllm.calibration.walker import WalkOptions, walk_blocks
+from compressllm.calibration.windows import Windows, load_windows
+from compressllm.core.compute import choose_device, choose_dtype
+from compressllm.core.errors import FormatError
+from compressllm.core.pattern import SparsityPattern
+from compressllm.core.protocols import PRUNERS, Pruned, Pruner
+from compressllm.core.registry import build
+from compressllm.core.run import Run
+from compressllm.core.stats import InputStats
+from compressllm.models.blocks import find_blocks
+from compressllm.models.bundle import Bundle
+from compressllm.models.record import FolderRecord, LiveRecord, Record
+from compressllm.prune.config import PruneConfig
+from compressllm.prune.plan import make_plan
+
+
+def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | None = None) -> Bundle:
+    """Prune front to back, each block calibrated on what the pruned blocks before it put out.
+
+    A bundle that holds its weights itself is changed in place. One with a checkpoint is never in memory as a
+    whole: the pruned checkpoint is written block by block into ``run.folder``, from where a killed call resumes.
+
+    Raises: PatternError, RecipeError, CalibrationError, UnsupportedModelError; FormatError for weights that are
+        not finite; RunError if ``run.folder`` holds a call with other settings.
+    """
+    config, run = config or PruneConfig(), run or Run()
+    pruner = build(PRUNERS, config.method, {"seed": run.seed})
+    plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
+    windows = _windows(bundle, config, run) if pruner.needs else None
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
+    record = _open_record(bundle, config, run, plan, windows, dtype, device)
+    options = WalkOptions(
+        device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder
+    )
+
+    ids = windows.ids if windows else None
+    blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
+    for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
+        stats = block.collect(pruner.needs)
+        masks, rows = {}, []
+        for name in block.linears:
+            if name in plan:
+                weight = record.weights.read(f"{name}.weight").to(device, torch.float32)
+                pruned = _prune_linear(pruner, name, weight, stats[name], plan[name])
+                record.weights.replace_(f"{name}.weight", pruned.weight)
+                masks[name] = pruned.keep
+                rows.append(_row(name, weight, pruned, stats[name], plan[name]))
+        record.finish(block.name, masks, rows)
+
+    pruned_bundle = record.close()
+    for row in record.rows:
+        run.log(**row)
+    run.metrics.update(
+        linears=len(plan),
+        sparsity=pruned_bundle.masks.sparsity(),
+        masks_sha256=pruned_bundle.masks.sha256(),
+        calibration=windows.facts() if windows else None,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        resumed_at_block=record.done or None,
+    )
+    return pruned_bundle
+
+
+def _windows(bundle: Bundle, config: PruneConfig, run: Run) -> Windows:
+    calibration = config.calibration
+    windows = load_windows(
+        calibration.source,
+        bundle.tokenizer,
+        samples=calibration.samples,
+        seqlen=calibration.seqlen,
+        seed=run.seed,
+        max_seqlen=bundle.max_seqlen,
+        vocab_size=bundle.vocab_size,
+    )
+    if windows.note:
+        run.warn(windows.note)
+    return windows
+
+
+def _open_record(
+    bundle: Bundle,
+    config: PruneConfig,
+    run: Run,
+    plan: dict[str, SparsityPattern],
+    windows: Windows | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Record:
+    if bundle.checkpoint is None:
+        return LiveRecord(bundle, plan)
+    if run.folder is None:
+        raise FormatError("pruning a checkpoint writes a checkpoint: give the run a folder")
+    fingerprint = {
+        "settings": config.model_dump(mode="json"),
+        "seed": run.seed,
+        "calibration text": windows.sha256 if windows else None,
+    }
+    return FolderRecord(bundle, plan, run.folder, fingerprint, dtype, device)
+
+
+def _prune_linear(
+    pruner: Pruner, name: str, weight: Tensor, stats: InputStats, pattern: SparsityPattern
+) -> Pruned:
+    if not weight.isfinite().all():
+        raise FormatError(f"{name}.weight: holds {int((~weight.isfinite()).sum())} values that are not finite")
+    with torch.inference_mode():
+        return pruner.prune(weight, stats, pattern)
+
+
+def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:
+    return {
+        "linear": name,
+        "pattern": str(pattern),
+        "sparsity": 1.0 - float(pruned.keep.sum()) / pruned.keep.numel(),
+        "tokens": stats.tokens,
+        "error": relative_error(weight, pruned.weight, stats),
+    }
+
+
+def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
+    """Squared output error over squared output, ``tr(D G D^T) / tr(W G W^T)``.
+
+    With mean squares alone, G is taken as diagonal; with no statistics, as the identity. All (out, in) float32.
+    """
+
+    def energy(matrix: Tensor) -> float:
+        if stats.hessian is not None:
+            return float(((matrix @ stats.hessian) * matrix).sum())
+        squares = matrix.square()
+        return float((squares @ stats.sqnorm).sum() if stats.sqnorm is not None else squares.sum())
+
+    whole = energy(weight)
+    return energy(weight - pruned) / whole if whole else 0.0

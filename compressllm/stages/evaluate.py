@@ -1,0 +1,61 @@
+"""The eval stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compressllm.calibration.windows import evaluation_windows
+from compressllm.core.compute import choose_device, choose_dtype
+from compressllm.core.run import Run
+from compressllm.eval.config import EvalConfig
+from compressllm.eval.perplexity import perplexity
+from compressllm.kernels.linear import swap_linears_
+from compressllm.models.bundle import Bundle
+
+
+def evaluate_stage(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
+    """Measure the bundle's perplexity into ``run.metrics``; the bundle goes on unchanged."""
+    run.metrics.update(measure(bundle, config, run))
+    return bundle
+
+
+def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
+    """Perplexity and the protocol it was measured under.
+
+    Raises: CalibrationError, FormatError, BackendUnavailableError.
+    """
+    windows = evaluation_windows(
+        config.source,
+        bundle.tokenizer,
+        seqlen=config.seqlen,
+        limit=config.windows,
+        max_seqlen=bundle.max_seqlen,
+        vocab_size=bundle.vocab_size,
+    )
+    model = prepare(bundle, config, run)
+    result = perplexity(model, windows.ids, progress=run.track)
+    return {
+        "perplexity": result.perplexity,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "seqlen": result.seqlen,
+        "dtype": result.dtype,
+        "backend": config.backend,
+        "source": windows.source,
+        "ids_sha256": windows.sha256,
+        "text_sha256": windows.text_sha256,
+        "protocol": f"{windows.rule}; {result.protocol}",
+        "window_nll": list(result.window_nll),
+    }
+
+
+def prepare(bundle: Bundle, config: EvalConfig, run: Run) -> PreTrainedModel:
+    """The bundle's model in memory, its sparse linears on the backend asked for."""
+    device = choose_device(config.device)
+    model = bundle.live(choose_dtype(config.dtype, bundle.stored_dtype, device), device)
+    if len(bundle.masks):
+        swap_linears_(model, bundle.masks, bundle.patterns, backend=config.backend)
+    return model

@@ -1,0 +1,33 @@
+"""The export stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compressllm.core.errors import FormatError
+from compressllm.core.run import Run
+from compressllm.export.config import ExportConfig
+from compressllm.export.writer import export_model, exported_sizes
+from compressllm.models.bundle import Bundle
+from compressllm.models.checkpoint import Checkpoint
+
+
+def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
+    """Write the bundle's checkpoint to ``run.folder / "model"`` in the format asked for.
+
+    Raises: FormatError.
+    """
+    if bundle.checkpoint is None or run.folder is None:
+        raise FormatError("exporting needs a checkpoint on disk and a folder to write to")
+    facts = export_model(bundle.checkpoint, run.folder / "model", config.format, run.show)
+    checkpoint = Checkpoint(run.folder / "model")
+    sizes = exported_sizes(checkpoint)
+    run.metrics.update(
+        format=facts.format,
+        linears=len(facts.linears),
+        masks_sha256=facts.masks_sha256,
+        sparse_bytes_dense=sizes.dense,
+        sparse_bytes=sizes.stored,
+        sparse_ratio=sizes.ratio,
+    )
+    return replace(bundle, masks=checkpoint.masks(), patterns=facts.patterns, checkpoint=checkpoint)

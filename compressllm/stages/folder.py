@@ -1,0 +1,132 @@
+"""The run folder: the resolved recipe, the manifest, one folder a stage, and the resulting model."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from compressllm.core.errors import CompressError, RunError
+from compressllm.core.run import write_atomically, write_json
+from compressllm.stages.environment import environment
+from compressllm.stages.recipe import Recipe
+
+MANIFEST, RECIPE, MODEL = "manifest.json", "recipe.yaml", "model"
+
+
+class RunFolder:
+    """A run folder, locked while it is open.
+
+    If the run fails on its input before any stage is finished, a folder that this object made is removed again;
+    whatever else happens, finished work stays and can be resumed.
+
+    Args:
+        path: New or empty folder, or one that an interrupted run of the same recipe left.
+        resume: Whether such a folder is taken up; if not, it is refused.
+
+    Raises: RunError if the folder holds something else, a run of another recipe, or is in use; or cannot be made.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
+        self.path = path
+        self.made = not path.exists()
+        held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: is a file; give a new folder")
+        if held and MANIFEST not in held:
+            raise RunError(f"{path}: holds {held[0]} and is not a run folder; give a new or empty folder")
+        if held and not resume:
+            raise RunError(f"{path}: holds a run already; give a new folder, or --resume to go on with it")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it if the process dies
+        except OSError:
+            os.close(self._lock)
+            raise RunError(f"{path}: is in use by another run; wait for it or give another folder") from None
+        try:
+            self.manifest = self._take_up(recipe) if held else self._begin(recipe)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+        if self.made and isinstance(error, CompressError) and not self.manifest["stages"]:
+            shutil.rmtree(self.path)
+        else:
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    def stage_done(self, index: int) -> dict[str, Any] | None:
+        """The manifest's entry of stage ``index``, or None if it is not finished."""
+        stages: list[dict[str, Any]] = self.manifest["stages"]
+        return stages[index] if index < len(stages) else None
+
+    def stage_folder(self, index: int, name: str) -> Path:
+        """The folder of stage ``index``, made if need be."""
+        folder = self.path / f"{index + 1:02d}-{name}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def finish_stage(self, entry: dict[str, Any]) -> None:
+        """Add a finished stage to the manifest."""
+        self.manifest["stages"].append(entry)
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def finish(self) -> None:
+        """Move the last stage's model to ``model`` and close the manifest."""
+        last = next((s for s in reversed(self.manifest["stages"]) if s["model"]), None)
+        if last and last["model"] != MODEL:
+            if not (self.path / MODEL).exists():
+                (self.path / last["model"]).replace(self.path / MODEL)
+            last["model"] = MODEL
+        self.manifest["finished"] = _now()
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def model_of(self, entry: dict[str, Any]) -> Path:
+        """The model folder a finished stage left, wherever it has been moved since."""
+        folder = self.path / str(entry["model"])
+        return folder if folder.exists() else self.path / MODEL
+
+    def _begin(self, recipe: Recipe) -> dict[str, Any]:
+        manifest = {
+            "schema": 1,
+            "model": recipe.model,
+            "seed": recipe.seed,
+            "begun": _now(),
+            "finished": None,
+            "environment": environment(),
+            "stages": [],
+        }
+        write_atomically(self.path / RECIPE, recipe.to_yaml())
+        write_json(self.path / MANIFEST, manifest)
+        return manifest
+
+    def _take_up(self, recipe: Recipe) -> dict[str, Any]:
+        try:
+            before = (self.path / RECIPE).read_text()
+            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+            if not isinstance(manifest["stages"], list):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{self.path}: holds a damaged run; remove it or give a new folder") from None
+        if before != recipe.to_yaml():
+            raise RunError(f"{self.path}: holds a run of another recipe; give a new folder, or the same recipe again")
+        return manifest
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

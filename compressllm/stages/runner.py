@@ -1,0 +1,107 @@
+"""Run a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compressllm.calibration.source import open_source
+from compressllm.core.config import Config
+from compressllm.core.run import Run, Track, untracked
+from compressllm.models.bundle import Bundle, open_bundle
+from compressllm.models.facts import read_facts
+from compressllm.stages.environment import PeakMemory
+from compressllm.stages.folder import RunFolder
+from compressllm.stages.recipe import Recipe
+from compressllm.stages.stage import STAGES
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = True,
+    show: Track = untracked,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Run a recipe's stages in order and return the manifest.
+
+    Each finished stage is in ``out`` before the next begins; a stage that walks the model also keeps its finished
+    blocks there. A killed run goes on from there when it is called again, to the same result, bit for bit.
+
+    Args:
+        out: New or empty folder, or one that an interrupted run of the same recipe left.
+        resume: Whether such a folder is taken up.
+
+    Raises: CompressError of the kind that fits; OSError if the disk is full.
+    """
+    check_sources(recipe)
+    bundle = open_bundle(recipe.model)
+    with RunFolder(out, recipe, resume) as folder:
+        for index, (name, config) in enumerate(recipe.steps()):
+            if done := folder.stage_done(index):
+                if done["model"]:
+                    bundle = open_bundle(str(folder.model_of(done)))
+                continue
+            run = Run(seed=recipe.seed, folder=folder.stage_folder(index, name), show=show, on_warning=on_warning)
+            bundle, entry = _run_stage(name, config, bundle, run, folder)
+            folder.finish_stage(entry)
+        if not folder.manifest["finished"]:
+            folder.finish()
+        return folder.manifest
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Find out now that a later stage's text is not there, rather than hours into the run.
+
+    Raises: RecipeError, CalibrationError.
+    """
+    for _, config in recipe.steps():
+        for holder in (config, getattr(config, "calibration", None)):
+            if spec := getattr(holder, "source", None):
+                open_source(spec)
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """What a run of the recipe would do, one line a stage, having checked all that can be without doing it.
+
+    Raises: CompressError of the kind that fits.
+    """
+    check_sources(recipe)
+    bundle = open_bundle(recipe.model)
+    lines = [f"model: {recipe.model}, {_parameters(bundle):,} parameters in {bundle.stored_dtype}"]
+    for name, config in recipe.steps():
+        lines.append(f"{name}: " + STAGES[name].plan(bundle, config))
+    return lines
+
+
+def _weight_bytes(bundle: Bundle) -> int:
+    """Bytes of the weights on disk, masks left out."""
+    specs = bundle.checkpoint.stored_specs if bundle.checkpoint else {}
+    return sum(spec.bytes for spec in specs.values())
+
+
+def _parameters(bundle: Bundle) -> int:
+    return sum(parameter.numel() for parameter in bundle.model.parameters())
+
+
+def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunFolder) -> tuple[Bundle, dict[str, Any]]:
+    stage = STAGES[name]
+    begun, memory, before = time.perf_counter(), PeakMemory(), _weight_bytes(bundle)
+    bundle = stage.run(bundle, config, run)
+    model = run.folder / "model" if run.folder and stage.writes_model else None
+    facts = read_facts(model) if model else None
+    sizes = {"bytes_before": before, "bytes_after": _weight_bytes(bundle)} if model else {}
+    return bundle, {
+        "stage": name,
+        "config": config.model_dump(mode="json"),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "peak_memory_bytes": memory.bytes(),
+        "metrics": run.metrics | sizes,
+        "linears": run.records,
+        "warnings": run.warnings,
+        "model": str(model.relative_to(folder.path)) if model else None,
+        "sha256": facts.sha256 if facts else {},
+    }

@@ -1,0 +1,28 @@
+"""The recipes that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import compressllm
+from compressllm.core.errors import RecipeError
+from compressllm.core.registry import did_you_mean
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file. They lie in the package when installed, and beside it in a source checkout."""
+    package = Path(compressllm.__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if found := sorted(folder.glob("*.yaml")):
+            return {path.stem: path for path in found}
+    return {}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name. Raises RecipeError with the nearest name."""
+    path, shipped = Path(name), shipped_recipes()
+    if path.exists() or path.suffix in {".yaml", ".yml"}:
+        return path
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(f"no recipe file and no recipe called {name!r}{did_you_mean(name, shipped)} Known: {', '.join(shipped)}")

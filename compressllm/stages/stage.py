@@ -1,0 +1,74 @@
+"""The stages a recipe may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compressllm.core.config import Config
+from compressllm.core.run import Run
+from compressllm.eval.config import EvalConfig
+from compressllm.export.config import ExportConfig
+from compressllm.prune.config import PruneConfig
+
+if TYPE_CHECKING:
+    from compressllm.models.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage.
+
+    Args:
+        name: Its key in recipes.
+        config: Its settings.
+        run: ``(Bundle, config, Run) -> Bundle``. It imports what it needs when it is called, so that reading a
+            recipe is quick.
+        plan: One line on what it would do, having checked what can be checked without doing it.
+        writes_model: Whether it leaves a checkpoint at ``run.folder / "model"``.
+    """
+
+    name: str
+    config: type[Config]
+    run: Callable[[Bundle, Any, Run], Bundle]
+    plan: Callable[[Bundle, Any], str]
+    writes_model: bool
+
+
+def _prune(bundle: Bundle, config: PruneConfig, run: Run) -> Bundle:
+    from compressllm.prune.model import prune_model
+
+    return prune_model(bundle, config, run)
+
+
+def _plan_prune(bundle: Bundle, config: PruneConfig) -> str:
+    from compressllm.core.protocols import PRUNERS
+    from compressllm.core.registry import build
+    from compressllm.prune.plan import make_plan
+
+    pruner = build(PRUNERS, config.method)
+    plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
+    return f"{config.method}, {len(plan)} linears to {next(iter(plan.values()))}"
+
+
+def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
+    from compressllm.stages.export import export_stage
+
+    return export_stage(bundle, config, run)
+
+
+def _evaluate(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
+    from compressllm.stages.evaluate import evaluate_stage
+
+    return evaluate_stage(bundle, config, run)
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True),
+        Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
+        Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
+    )
+}

@@ -1,0 +1,94 @@
+"""Shared by all tests: tiny random models built from configs, one thread, no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+from transformers.utils import logging
+
+torch.set_num_threads(1)  # tiny models run fastest so, and the machine is shared
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = SHAPE | {"num_key_value_heads": 2}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=5),
+    "gemma3": lambda: Gemma3TextConfig(
+        **GROUPED,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi": lambda: PhiConfig(**SHAPE),
+    "opt": lambda: OPTConfig(
+        **{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
+    ),
+    "neox": lambda: GPTNeoXConfig(**SHAPE),
+}
+
+
+def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model; norms and biases are random too, so that a mix-up of them shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def decoder(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A tiny model of every supported architecture in turn, float32."""
+    return build_model(CONFIGS[request.param]())
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A tiny Llama of three blocks with grouped keys and an untied head, float32."""
+    return build_model(CONFIGS["llama"]())
+
+
+@pytest.fixture
+def tiny_llama_folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
+    """The tiny Llama as a checkpoint folder in bfloat16, as transformers writes it; without a tokenizer."""
+    folder = tmp_path / "tiny-llama"
+    llama.to(torch.bfloat16).save_pretrained(folder)
+    llama.float()
+    return folder
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """(7, 16) token ids of the tiny models."""
+    return torch.randint(3, 64, (7, 16), generator=torch.Generator().manual_seed(1))

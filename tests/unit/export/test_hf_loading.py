@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import compressllm
+from compressllm.core.errors import RecipeError
+from compressllm.core.masks import raw
+from compressllm.export.hf import PackedConfig
+from compressllm.export.writer import export_model
+from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.loading import load_model
+from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+
+
+@pytest.fixture
+def packed_folder(masked_folder, tmp_path) -> Path:
+    export_model(Checkpoint(masked_folder), tmp_path / "packed", "packed")
+    return tmp_path / "packed"
+
+
+def assert_is(model, expected: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == dtype
+        assert torch.equal(raw(state[name]), raw(tensor.to(dtype))), name
+
+
+def test_our_loader_is_registered():
+    assert "compressllm" in AUTO_QUANTIZER_MAPPING
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.float32}, {"dtype": torch.bfloat16}, {"dtype": "auto"}, {"device_map": "cpu"}],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()) or "default",
+)
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000], ids=["single", "sharded"])
+def test_weights_are_bit_identical(masked_folder, sparse_model, tmp_path, shard_bytes, options):
+    export_model(Checkpoint(masked_folder), tmp_path / "packed", "packed", max_shard_bytes=shard_bytes)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", variant="packed", output_loading_info=True, **options
+    )
+    wanted = options.get("dtype", torch.bfloat16)
+    assert_is(model, sparse_model.state_dict(), torch.bfloat16 if wanted == "auto" else wanted)
+    assert not any(info.values())
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_quantized", False)
+
+
+def test_our_own_loader_agrees(packed_folder, sparse_model):
+    model = load_model(packed_folder)
+    assert_is(model, sparse_model.state_dict())
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_the_base_model_alone(packed_folder, sparse_model):
+    assert_is(AutoModel.from_pretrained(packed_folder, variant="packed"), sparse_model.model.state_dict())
+
+
+def test_generates_what_the_dense_model_generates(packed_folder, sparse_model):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+    ids = torch.tensor([[1, 5, 9]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), sparse_model.generate(ids, **options))
+
+
+def test_a_loaded_model_saves_as_a_plain_one(packed_folder, sparse_model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed").save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert_is(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), sparse_model.state_dict())
+
+
+def test_a_loaded_model_can_be_trained(packed_folder):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed", dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    model(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_without_variant_it_is_refused_even_by_us(packed_folder):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(packed_folder)
+
+
+def test_packing_at_load_is_refused(sparse_folder):
+    with pytest.raises(ValueError, match="packs at export"):
+        AutoModelForCausalLM.from_pretrained(sparse_folder, quantization_config=PackedConfig(format="packed"))
+
+
+def test_a_format_of_a_later_version_is_refused(packed_folder):
+    config = json.loads((packed_folder / "config.json").read_text())
+    config["quantization_config"]["format"] = "packet"
+    (packed_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="unknown format 'packet'"):
+        AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+
+
+def _rewrite(path: Path, change) -> None:
+    file = TensorFile(path)
+    tensors = {name: file.read(name) for name in file.specs}
+    change(tensors)
+    path.unlink()
+    writer = TensorFileWriter(path, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+
+
+@pytest.mark.parametrize("damage", ["popcount", "no bitmask", "no values"])
+def test_damage_raises_instead_of_random_weights(packed_folder, damage):
+    name = "model.layers.0.mlp.up_proj"
+
+    def change(tensors):
+        if damage == "popcount":
+            tensors[f"{name}.bitmask"][0, 0] |= 0xFF
+        else:
+            del tensors[f"{name}.{damage.removeprefix('no ')}"]
+
+    _rewrite(packed_folder / "model.packed.safetensors", change)
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+
+
+def run_python(code: str, *arguments: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(compressllm.__file__).parents[1],  # whence it is importable, installed or not
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_stock_transformers_refuses_it_and_opens_the_dense_one(packed_folder, sparse_model, tmp_path):
+    export_model(Checkpoint(packed_folder), tmp_path / "dense", "dense")
+    torch.save(sparse_model.state_dict(), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+packed, dense, expected = sys.argv[1:]
+for options, kind in (({}, OSError), ({"variant": "packed"}, RuntimeError)):
+    try:
+        AutoModelForCausalLM.from_pretrained(packed, **options)
+    except kind:
+        print("refused", options)
+state, expected = AutoModelForCausalLM.from_pretrained(dense).state_dict(), torch.load(expected)
+assert state.keys() == expected.keys() and state
+assert all(torch.equal(state[k].view(torch.int16), v.view(torch.int16)) for k, v in expected.items())
+assert "compressllm" not in sys.modules
+"""
+    out = run_python(code, packed_folder, tmp_path / "dense", tmp_path / "expected.pt")
+    assert out.splitlines() == ["refused {}", "refused {'variant': 'packed'}"]
+
+
+def test_import_compressllm_is_light_and_enough(packed_folder, sparse_model, tmp_path):
+    torch.save(sparse_model.state_dict(), tmp_path / "expected.pt")
+    code = """
+import sys, compressllm
+assert not {"torch", "transformers", "pydantic"} & sys.modules.keys()
+import torch
+from transformers import AutoModelForCausalLM
+state = AutoModelForCausalLM.from_pretrained(sys.argv[1], variant="packed").state_dict()
+expected = torch.load(sys.argv[2])
+assert state.keys() == expected.keys() and state
+assert all(torch.equal(state[k].view(torch.int16), v.view(torch.int16)) for k, v in expected.items())
+"""
+    run_python(code, packed_folder, tmp_path / "expected.pt")
