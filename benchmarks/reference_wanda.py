@@ -113,7 +113,7 @@ def legacy_folder(model: Path, into: Path) -> Path:
     return into
 
 
-def load_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """Load a causal LM in eval mode the way the reference does, but onto the CPU."""
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +125,8 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             attn_implementation=attention,
         )
     model.hf_device_map = {}  # read by the reference; with no entry it leaves every tensor in place
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_reference(repo: Path, ids: np.ndarray) -> ModuleType:
@@ -135,16 +136,14 @@ def load_reference(repo: Path, ids: np.ndarray) -> ModuleType:
     windows = [(row[None], row[None]) for row in torch.from_numpy(ids)]  # (input, unused target)
     prune.get_loaders = lambda *_, **__: (windows, None)  # type: ignore[attr-defined]
     # Unstructured magnitude sorts on the GPU; sending that to the CPU is the only change it needs.
-    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return prune
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linears of the decoder blocks by full name, in sorted order."""
     named = model.named_modules()
-    return dict(
-        sorted((n, m) for n, m in named if isinstance(m, nn.Linear) and n.startswith("model.layers."))
-    )
+    return dict(sorted((n, m) for n, m in named if isinstance(m, nn.Linear) and n.startswith("model.layers.")))
 
 
 def pack_masks(model: nn.Module) -> dict[str, np.ndarray]:
@@ -210,9 +209,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model.seqlen = ids.shape[1]
     prune = load_reference(options.repo, ids)
     watch = watch_parts(prune, model) if options.breakdown else None
-    arguments = argparse.Namespace(
-        nsamples=len(ids), seed=0, sparsity_ratio=pattern.sparsity, use_variant=False
-    )
+    arguments = argparse.Namespace(nsamples=len(ids), seed=0, sparsity_ratio=pattern.sparsity, use_variant=False)
     method = {"wanda": prune.prune_wanda, "magnitude": prune.prune_magnitude}[options.method]
 
     start = time.perf_counter()
@@ -230,11 +227,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     masks = pack_masks(model)
     if options.save_masks:
-        shapes = {
-            f"{name}.shape": np.array(linear.weight.shape)
-            for name, linear in block_linears(model).items()
-        }
-        np.savez(options.save_masks, **masks, **shapes)
+        shapes = {f"{name}.shape": np.array(linear.weight.shape) for name, linear in block_linears(model).items()}
+        arrays: dict[str, Any] = masks | shapes
+        np.savez(options.save_masks, **arrays)
     if options.save_model:
         model.save_pretrained(options.save_model)
     weights = sum(linear.weight.numel() for linear in block_linears(model).values())

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ CONFIGS = {
 }
 
 
-def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random model; norms and biases are random too, so that a mix-up of them shows."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -67,16 +68,22 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+@pytest.fixture
+def build_model() -> Callable[..., PreTrainedModel]:
+    """Makes a random model of a config."""
+    return random_model
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def decoder(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A tiny model of every supported architecture in turn, float32."""
-    return build_model(CONFIGS[request.param]())
+    return random_model(CONFIGS[request.param]())
 
 
 @pytest.fixture
 def llama() -> PreTrainedModel:
     """A tiny Llama of three blocks with grouped keys and an untied head, float32."""
-    return build_model(CONFIGS["llama"]())
+    return random_model(CONFIGS["llama"]())
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Activations:
         self.bytes = sum(spec.bytes for spec in self._specs)
         self.spilled = self.bytes > limit
         self._held: list[Tensor | None] = [None] * len(self._specs)
-        self._file = tempfile.TemporaryFile(dir=folder) if self.spilled else None
+        self._file = tempfile.TemporaryFile(dir=folder) if self.spilled else None  # noqa: SIM115 (held open)
         if self._file is not None:
             os.ftruncate(self._file.fileno(), self.bytes)
 

@@ -111,7 +111,7 @@ class TextFile:
             for number, value in enumerate(values, 1):
                 yield self._text(value, f"{self.path}: row {number}")
         except (ValueError, OSError, ArrowException) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise CalibrationError(f"{self.path}: is not a whole parquet file ({reason}); fetch it again") from None
 
     def _lacks_field(self, where: str, names: list[str]) -> str:
@@ -122,7 +122,7 @@ class TextFile:
 
     def _text(self, value: object, where: str) -> str:
         if not isinstance(value, str):
-            raise CalibrationError(f"{where}: field {self.field!r} is a {type(value).__name__}, not a string")
+            raise CalibrationError(f"{where}: field {self.field!r} is of type {type(value).__name__}, not a string")
         return value
 
 

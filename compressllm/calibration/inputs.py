@@ -130,7 +130,7 @@ def embed_windows(
         )
     hidden: Activations | None = None
     calls: dict[int, list[Call]] = {}
-    batches = windows.split(batch_windows)
+    batches = torch.split(windows, batch_windows)
     for index, ids in enumerate(batches):
         first, recorded = _record(model, blocks, ids.to(device))
         if hidden is None:
@@ -140,7 +140,7 @@ def embed_windows(
         before = calls.setdefault(len(ids), recorded)
         if not all(mine.same_as(theirs) for mine, theirs in zip(before, recorded, strict=True)):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: calls its blocks differently for different text; such models are not supported"
+                f"{type(model).__name__}: calls its blocks differently for different text, which is not supported"
             )
     if hidden is None:
         raise CalibrationError("no calibration window was given")
@@ -167,7 +167,7 @@ def _record(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor) -> tuple
             first.append(hidden)
         if len(calls) == len(blocks.modules):
             raise Enough
-        return hidden.as_subclass(_Echo)  # type: ignore[arg-type]
+        return hidden.as_subclass(_Echo)
 
     modules: Sequence[nn.Module] = list(blocks.modules)
     for module in modules:

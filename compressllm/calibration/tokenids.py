@@ -57,7 +57,7 @@ class TokenIds:
         except OSError as error:
             raise CalibrationError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, EOFError, BadZipFile) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise CalibrationError(f"{self.path}: is not a whole .npy file of numbers ({reason})") from None
         if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu":
             came = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive of arrays"

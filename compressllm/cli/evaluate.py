@@ -20,14 +20,17 @@ def evaluate(
     dtype: DType = None,
     device: Device = None,
     backend: Backend = None,
-    baseline: Annotated[Path | None, typer.Option(help="Fail with exit code 1 if perplexity rose over this file's.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Fail with exit code 1 if perplexity rose over this file's.")
+    ] = None,
     max_increase: Annotated[str, typer.Option(help="Largest rise the gate lets pass.")] = "1%",
     write_baseline: Annotated[Path | None, typer.Option(help="Put the result into this baseline file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity under the papers' protocol, and hold it against a baseline."""
     from compressllm.core.run import Run
-    from compressllm.eval.gate import find_baseline, increase, parse_increase, write_baseline as save_baseline
+    from compressllm.eval.gate import find_baseline, increase, parse_increase
+    from compressllm.eval.gate import write_baseline as save_baseline
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.evaluate import measure
     from compressllm.stages.recipe import make_config
@@ -42,7 +45,12 @@ def evaluate(
         before = find_baseline(baseline, measured)
         rise = increase(before, measured)
         failed = rise > allowed
-        measured["baseline"] = {"perplexity": before["perplexity"], "increase": rise, "allowed": allowed, "failed": failed}
+        measured["baseline"] = {
+            "perplexity": before["perplexity"],
+            "increase": rise,
+            "allowed": allowed,
+            "failed": failed,
+        }
     if as_json:
         print_json(measured)
     else:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from compressllm.cli.arguments import AsJson, Model, Out
 from compressllm.cli.output import bytes_text, flag, given, print_json, results, show
 from compressllm.export.config import ExportConfig

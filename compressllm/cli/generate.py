@@ -7,14 +7,17 @@ from typing import Annotated
 import typer
 
 from compressllm.cli.arguments import AsJson, Backend, Device, DType, Model
-from compressllm.cli.output import print_json, results, say, warn
+from compressllm.cli.output import given, print_json, results, say
+from compressllm.eval.config import EvalConfig
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     dtype: DType = None,
@@ -27,16 +30,11 @@ def generate(
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.evaluate import prepare
     from compressllm.stages.recipe import make_config
-    from compressllm.cli.output import given
-    from compressllm.core.run import Run
-    from compressllm.eval.config import EvalConfig
 
     bundle = open_bundle(model)
     config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend))
-    live = prepare(bundle, config, Run(on_warning=warn))
-    made = generate_text(
-        live, bundle.tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat
-    )
+    live, _ = prepare(bundle, config)
+    made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)
     if as_json:
         print_json({"text": made.text, "tokens": made.tokens, "tokens_per_second": made.tokens_per_second})
         return

@@ -12,7 +12,9 @@ from compressllm.cli.output import print_json, results
 
 
 def list_methods(
-    kind: Annotated[str | None, typer.Argument(help="pruners, formats, sources, backends; all of them without.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="pruners, formats, sources, backends; all of them without.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods of one kind, or of every kind."""

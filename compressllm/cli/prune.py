@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.cli.arguments import AsJson, Data, Device, DType, Model, Out, Resume, Seed
 from compressllm.cli.output import flag, given, print_json, show, warn

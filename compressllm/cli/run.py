@@ -17,7 +17,9 @@ def run(
     out: Out,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in stages.0.prune.pattern=4:8.")] = None,
     resume: Resume = True,
-    dry_run: Annotated[bool, typer.Option(help="Check everything and print the resolved recipe; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything and print the resolved recipe; write nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe."""

@@ -1,0 +1,1 @@
+"""The shared words: errors, registries, protocols, patterns, masks, statistics."""

@@ -61,14 +61,17 @@ class NM:
 
     @property
     def sparsity(self) -> float:
+        """Fraction of the weights removed."""
         return 1.0 - self.n / self.m
 
     def refuses(self, shape: torch.Size | tuple[int, ...]) -> str | None:
+        """Why a weight of this (out, in) shape cannot take the pattern."""
         if shape[-1] % self.m:
             return f"{shape[-1]} inputs are not a multiple of {self.m}, as {self} needs"
         return None
 
     def keep(self, scores: Tensor) -> Tensor:
+        """(out, in) scores -> (out, in) bool, the exact number of highest scores kept in each group."""
         _check_scores(scores)
         if reason := self.refuses(scores.shape):
             raise PatternError(reason)
@@ -84,6 +87,7 @@ class NM:
         return (torch.stack(beaten_by, -1) < self.n).view(scores.shape)
 
     def violations(self, keep: Tensor) -> int:
+        """Number of groups that keep more than the pattern allows."""
         if reason := self.refuses(keep.shape):
             raise PatternError(reason)
         kept = keep.reshape(keep.shape[0], -1, self.m).sum(-1, dtype=torch.uint8)
@@ -112,13 +116,15 @@ class Unstructured:
 
     @property
     def sparsity(self) -> float:
+        """Fraction of the weights removed."""
         return self.fraction
 
     def within(self, group: Group) -> Unstructured:
-        """This pattern with its group filled in, if it was left open."""
+        """The pattern with its group filled in, if it was left open."""
         return self if self.group else Unstructured(self.fraction, group)
 
     def refuses(self, shape: torch.Size | tuple[int, ...]) -> str | None:
+        """Never: every shape will do."""
         return None
 
     def removed_of(self, count: int) -> int:
@@ -126,12 +132,14 @@ class Unstructured:
         return int(count * self.fraction + 1e-9)
 
     def keep(self, scores: Tensor) -> Tensor:
+        """(out, in) scores -> (out, in) bool, the exact number of highest scores kept in each group."""
         _check_scores(scores)
         if self.group == "layer":
             return _keep_rows(scores.reshape(1, -1), self.removed_of(scores.numel())).view(scores.shape)
         return _keep_rows(scores, self.removed_of(scores.shape[1]))
 
     def violations(self, keep: Tensor) -> int:
+        """Number of groups that keep more than the pattern allows."""
         if self.group == "layer":
             keep = keep.reshape(1, -1)
         allowed = keep.shape[1] - self.removed_of(keep.shape[1])

@@ -61,8 +61,7 @@ class Registry(Generic[T]):
         self._load()
         if name not in self._entries:
             raise RecipeError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)} "
-                f"Known: {', '.join(self.names())}"
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)} Known: {', '.join(self.names())}"
             )
         return self._entries[name]
 

@@ -47,28 +47,31 @@ class InputStats:
 class StatsAccumulator:
     """Running InputStats of one linear, fed batch by batch; accumulators merge, so shards can be combined.
 
-    Sums are kept in float32 whatever the inputs' dtype: one activation of 256 already squares past float16's range.
+    Totals are kept in float32 whatever the inputs' dtype: one activation of 256 already squares past float16's range.
+
+    Args:
+        needs: What to collect.
+        tokens: Tokens counted so far.
+        totals: Statistic -> its sum over tokens; for ``var``, the sum of squared deviations from the mean so far.
     """
 
     needs: frozenset[Need]
     tokens: int = 0
-    _sum: Tensor | None = field(default=None, repr=False)
-    _centred: Tensor | None = field(default=None, repr=False)  # sum of squared deviations, by Chan's rule
-    _square: Tensor | None = field(default=None, repr=False)
-    _gram: Tensor | None = field(default=None, repr=False)
+    totals: dict[Need, Tensor] = field(default_factory=dict)
 
     def add_(self, inputs: Tensor) -> None:
         """Count a batch of inputs: (..., in), any float dtype. Every row is one token."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         batch = StatsAccumulator(self.needs, tokens=x.shape[0])
         if self.needs & {"mean", "var"}:
-            batch._sum = x.sum(0)
-        if "var" in self.needs and batch._sum is not None:
-            batch._centred = (x - batch._sum / max(1, batch.tokens)).square_().sum(0)
+            batch.totals["mean"] = x.sum(0)
+        if "var" in self.needs and batch.tokens:
+            batch.totals["var"] = (x - batch.totals["mean"] / batch.tokens).square_().sum(0)
         if "hessian" in self.needs:
-            batch._gram = x.T @ x
+            batch.totals["hessian"] = x.T @ x
         if "sqnorm" in self.needs:
-            batch._square = batch._gram.diagonal().clone() if batch._gram is not None else x.square().sum(0)
+            gram = batch.totals.get("hessian")
+            batch.totals["sqnorm"] = gram.diagonal().clone() if gram is not None else x.square().sum(0)
         self.merge_(batch)
 
     def merge_(self, other: StatsAccumulator) -> None:
@@ -77,17 +80,13 @@ class StatsAccumulator:
             return
         if not self.tokens:
             self.tokens = other.tokens
-            self._sum, self._centred, self._square, self._gram = other._sum, other._centred, other._square, other._gram
+            self.totals = {name: total.clone() for name, total in other.totals.items()}  # ours are added to in place
             return
-        if self._centred is not None:
-            assert self._sum is not None and other._sum is not None and other._centred is not None  # set together
-            apart = other._sum / other.tokens - self._sum / self.tokens
-            shift = self.tokens * other.tokens / (self.tokens + other.tokens)
-            self._centred = self._centred + other._centred + apart.square() * shift
-        for name in ("_sum", "_square", "_gram"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is not None:
-                setattr(self, name, mine + theirs if name != "_gram" else mine.add_(theirs))
+        if "var" in self.needs:  # Chan's rule: the spread between the two means counts too
+            apart = other.totals["mean"] / other.tokens - self.totals["mean"] / self.tokens
+            self.totals["var"].add_(apart.square_(), alpha=self.tokens * other.tokens / (self.tokens + other.tokens))
+        for name, total in self.totals.items():
+            total.add_(other.totals[name])
         self.tokens += other.tokens
 
     def finish(self, name: str) -> InputStats:
@@ -97,15 +96,10 @@ class StatsAccumulator:
         """
         if not self.tokens:
             raise CalibrationError(f"{name}: saw no token during calibration; give it more text or name it under skip")
-
-        def mean(total: Tensor | None) -> Tensor | None:
-            if total is None:
-                return None
+        for total in self.totals.values():
             if not torch.isfinite(total).all():
                 raise CalibrationError(
-                    f"{name}: input activations are not finite; "
-                    "check the checkpoint, or calibrate with --dtype float32"
+                    f"{name}: input activations are not finite; check the checkpoint, or calibrate with --dtype float32"
                 )
-            return total / self.tokens
-
-        return InputStats(self.tokens, mean(self._sum), mean(self._centred), mean(self._square), mean(self._gram))
+        means = {stat: total / self.tokens for stat, total in self.totals.items()}
+        return InputStats(self.tokens, **means)

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, its gate, generation."""

@@ -15,7 +15,7 @@ from compressllm.core.errors import CalibrationError
 from compressllm.core.run import Track, untracked
 
 # Measured on 2 cores with SmolLM2-135M in bfloat16, 1024-token windows: 1.34 s a window one at a time, 1.19 s two
-# at a time, 1.24 s and 1.30 s four and eight at a time. A GPU wants more work at once.
+# at a time, 1.24 s and 1.30 s four and eight at a time. A GPU wants more work at once; its numbers are not measured.
 _BATCH_TOKENS_CPU: Final = 2048
 _BATCH_TOKENS: Final = 8192
 # Float32 logits at one time. On a CPU, chunks that stay in cache take a fifth of the time of a whole window's.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressllm import __version__
 from compressllm.core.errors import FormatError
-from compressllm.core.masks import MaskStore, PackedMask, pack_bits, raw
+from compressllm.core.masks import MaskStore, raw
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import FORMATS, Format
 from compressllm.core.registry import build
@@ -48,8 +48,10 @@ class Sizes(NamedTuple):
 
 
 class _Sparse(NamedTuple):
-    pattern: SparsityPattern
-    mask: PackedMask
+    """The sparse linears, by their names in the checkpoint and in the model's order."""
+
+    masks: MaskStore
+    patterns: dict[str, SparsityPattern]
 
 
 def export_model(
@@ -79,7 +81,7 @@ def export_model(
     variant = None if chosen.tensors == ("weight",) else format
     with _appears_whole(out) as work:
         sparse = _sparse_linears(source, progress)
-        if variant and not sparse:
+        if variant and not sparse.masks:
             raise FormatError(
                 f"{source.folder}: has no sparse linear, so there is nothing to store {format}; "
                 "prune it first, or export it dense"
@@ -89,17 +91,17 @@ def export_model(
             format=format,
             variant=variant,
             linears={
-                name: LinearFacts(pattern=one.pattern, shape=(one.mask.bits.shape[0], one.mask.columns))
-                for name, one in sparse.items()
+                name: LinearFacts(pattern=pattern, shape=sparse.masks.packed(name).shape)
+                for name, pattern in sparse.patterns.items()
             },
-            masks_sha256=MaskStore({name: one.mask for name, one in sparse.items()}).sha256() if sparse else None,
+            masks_sha256=sparse.masks.sha256() if sparse.masks else None,
             source=source.facts.source if source.facts else {},
         )
         facts.write(work)
         _write_side_files(source, work, facts)
         _write_tensors(source, work, chosen, sparse, variant, max_shard_bytes, progress)
-        if sparse and not variant:
-            write_masks(work / MASKS_NAME, {name: one.mask for name, one in sparse.items()})
+        if sparse.masks and not variant:
+            write_masks(work / MASKS_NAME, sparse.masks)
         written = Checkpoint(work)
         _compare(source, written, sparse, progress)
         facts = facts.model_copy(update={"sha256": {path.name: file_sha256(path) for path in written.files}})
@@ -120,27 +122,27 @@ def exported_sizes(checkpoint: Checkpoint) -> Sizes:
     )
 
 
-def _sparse_linears(source: Checkpoint, progress: Track) -> dict[str, _Sparse]:
-    """Sparse linears by their name in the checkpoint, in the model's order."""
+def _sparse_linears(source: Checkpoint, progress: Track) -> _Sparse:
+    """The linears the source holds masks of; if it holds none, those whose zeros follow a pattern."""
     model = skeleton(source)
-    masks, patterns = source.masks(), source.facts.patterns if source.facts else {}
+    masks = source.masks()
     if masks:
-        return {name: _Sparse(patterns.get(name) or pattern_of(masks[name]), masks.packed(name)) for name in masks}
+        known = source.facts.patterns if source.facts else {}
+        return _Sparse(masks, {name: known.get(name) or pattern_of(masks[name]) for name in masks})
     stored_name = tensor_names(model, source)
     linears = [stored_name[f"{name}.weight"].removesuffix(".weight") for name in all_linears(model)]
-    found: dict[str, _Sparse] = {}
+    patterns: dict[str, SparsityPattern] = {}
     for name in progress(linears, len(linears), "looking for zeros"):
         if sparsity := find_sparsity(source.read(f"{name}.weight")):
-            pattern, keep = sparsity
-            found[name] = _Sparse(pattern, PackedMask(pack_bits(keep), keep.shape[1]))
-    return found
+            patterns[name], masks[name] = sparsity
+    return _Sparse(masks, patterns)
 
 
 def _write_tensors(
     source: Checkpoint,
     work: Path,
     chosen: Format,
-    sparse: dict[str, _Sparse],
+    sparse: _Sparse,
     variant: str | None,
     max_shard_bytes: int,
     progress: Track,
@@ -151,7 +153,7 @@ def _write_tensors(
         if owner is None:
             layout[name] = spec
         else:
-            parts = chosen.layout(owner, spec.dtype, sparse[owner].mask.keep())
+            parts = chosen.layout(owner, spec.dtype, sparse.masks[owner])
             layout.update({part: TensorSpec(*each) for part, each in parts.items()})
     writer = ShardWriter(work, layout, variant, max_shard_bytes)
     try:
@@ -160,7 +162,7 @@ def _write_tensors(
             if owner is None:
                 writer.write(name, source.read(name))
                 continue
-            weight, keep = source.read(name), sparse[owner].mask.keep()
+            weight, keep = source.read(name), sparse.masks[owner]
             if lost := int(((weight != 0) & ~keep).count_nonzero()):
                 raise FormatError(
                     f"{source.folder}: {name} holds {lost} weights that are not zero where its mask prunes; "
@@ -189,7 +191,7 @@ def _write_side_files(source: Checkpoint, work: Path, facts: Facts) -> None:
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _compare(source: Checkpoint, written: Checkpoint, sparse: dict[str, _Sparse], progress: Track) -> None:
+def _compare(source: Checkpoint, written: Checkpoint, sparse: _Sparse, progress: Track) -> None:
     """Raise FormatError unless ``written``, read from its files, stands for the source's very bytes."""
     expected = source.specs
     if differing := expected.keys() ^ written.specs.keys():
@@ -198,7 +200,7 @@ def _compare(source: Checkpoint, written: Checkpoint, sparse: dict[str, _Sparse]
         before, after = raw(source.read(name)), raw(written.read(name))
         owner = _sparse_owner(name, sparse)
         if owner is not None:
-            keep = sparse[owner].mask.keep()
+            keep = sparse.masks[owner]
             before.masked_fill_(~keep, 0)  # -0.0 at a pruned place is written as +0.0
             stored = written.mask(owner)
             if stored is None or not torch.equal(stored, keep):
@@ -211,9 +213,9 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def _sparse_owner(name: str, sparse: dict[str, _Sparse]) -> str | None:
+def _sparse_owner(name: str, sparse: _Sparse) -> str | None:
     owner = name.removesuffix(".weight")
-    return owner if owner != name and owner in sparse else None
+    return owner if owner != name and owner in sparse.patterns else None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from compressllm.core.errors import UnsupportedModelError
 
 
+ENCODER_DECODER = "is an encoder-decoder; only decoder-only causal language models are supported"
+
+
 @dataclass(frozen=True)
 class DecoderBlocks:
     """The decoder blocks of a model.
@@ -33,6 +36,8 @@ def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
 
     Raises: UnsupportedModelError if there is none, or more than one (an encoder-decoder, say).
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__}: {ENCODER_DECODER}")
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [
         DecoderBlocks(name, module)
@@ -89,9 +94,10 @@ def all_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     for index, module in enumerate(blocks.modules):
         linears.update(find_linears(module, blocks.name(index)))
     users: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        source = model.all_tied_weights_keys.get(name, name)  # on the meta device tied parameters are not one object
         owner = name.removesuffix(".weight")
-        first = users.setdefault(id(parameter), owner)
+        first = users.setdefault(id(model.get_parameter(source)), source.removesuffix(".weight"))
         if first != owner and (first in linears or owner in linears):
             raise UnsupportedModelError(f"{owner}: shares its weight with {first}; tied linears cannot be pruned")
     return linears

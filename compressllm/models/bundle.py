@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.loading import load_model, load_tokenizer, resolve_model, skeleton
+from compressllm.models.loading import load_model, load_tokenizer, resolve_model, skeleton, tensor_names
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Bundle:
         return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device)
 
     @property
-    def max_seqlen(self) -> int:
-        """The longest window the model's positions allow, or 2048 if its config does not say."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+    def max_seqlen(self) -> int | None:
+        """The longest window the model's positions allow, or None if its config does not say."""
+        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +52,8 @@ class Bundle:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Dtype of most of the weights."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtypes: list[torch.dtype] = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        return max(set(dtypes), key=dtypes.count)
 
 
 def open_bundle(model: str) -> Bundle:
@@ -62,5 +65,23 @@ def open_bundle(model: str) -> Bundle:
     Raises: FormatError, UnsupportedModelError.
     """
     checkpoint = Checkpoint(resolve_model(model))
-    patterns = checkpoint.facts.patterns if checkpoint.facts else {}
-    return Bundle(skeleton(checkpoint), load_tokenizer(checkpoint), checkpoint.masks(), patterns, checkpoint)
+    return bundle_of(checkpoint, load_tokenizer(checkpoint))
+
+
+def bundle_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> Bundle:
+    """A bundle of an open checkpoint, whose weights stay on disk.
+
+    Raises: FormatError, UnsupportedModelError.
+    """
+    model = skeleton(checkpoint)
+    module = {n.removesuffix(".weight"): m.removesuffix(".weight") for m, n in tensor_names(model, checkpoint).items()}
+    masks, patterns = checkpoint.masks(), checkpoint.facts.patterns if checkpoint.facts else {}
+    if unknown := (masks.keys() | patterns.keys()) - module.keys():
+        raise FormatError(f"{checkpoint.folder}: names {min(unknown)} as sparse, which {type(model).__name__} lacks")
+    return Bundle(
+        model,
+        tokenizer,
+        MaskStore({module[name]: masks.packed(name) for name in masks}),
+        {module[name]: pattern for name, pattern in patterns.items()},
+        checkpoint,
+    )

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -42,8 +44,10 @@ class Checkpoint:
         """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
         try:
             config = AutoConfig.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None
+        except StrictDataclassError as error:  # only its second line says what is wrong
+            raise FormatError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from None
         quantization = getattr(config, "quantization_config", None)
         if self._format is not None and hasattr(config, "quantization_config"):
             del config.quantization_config  # what we read is plain weights, and so is what is built from this config
@@ -122,8 +126,8 @@ class Checkpoint:
         if self._masks is None or weight is None:
             raise FormatError(f"{self.folder / MASKS_NAME}: has a mask of {linear}, which the checkpoint lacks")
         bits = self._masks.read(linear)
-        out, columns = weight.shape
-        if tuple(bits.shape) != (out, -(-columns // 8)):
+        out, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != (out, -(-columns // 8)):
             raise FormatError(
                 f"{self.folder / MASKS_NAME}: the mask of {linear} does not fit its weight {weight.shape}"
             )

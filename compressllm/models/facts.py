@@ -72,4 +72,6 @@ def read_facts(folder: Path) -> Facts | None:
         return Facts.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise FormatError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again") from None
+        raise FormatError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
+        ) from None

@@ -16,9 +16,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from compressllm.core.errors import FormatError, UnsupportedModelError
+from compressllm.models.blocks import ENCODER_DECODER
 from compressllm.models.checkpoint import Checkpoint, first_line
 from compressllm.models.shards import file_sha256
 
@@ -68,13 +71,17 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         checkpoint lacks a tensor the config's model needs or holds one of another shape.
     """
     config = checkpoint.config()
+    if getattr(config, "is_encoder_decoder", False):  # transformers would build the decoder alone
+        raise UnsupportedModelError(f"{checkpoint.folder}: {ENCODER_DECODER}")
     if dtype is None:
         dtype = getattr(config, "dtype", None) or torch.float32
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
-        raise UnsupportedModelError(f"{checkpoint.folder}: cannot be built from its config: {first_line(error)}") from None
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: cannot be built from its config: {first_line(error)}"
+        ) from None
     tensor_names(model, checkpoint)  # finds what is missing before any work is done
     return model.eval()
 
@@ -82,26 +89,46 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
 def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter or persistent buffer of the model -> name in the checkpoint.
 
-    Some checkpoints were saved from the base model and lack its prefix, or have it where the model does not.
+    Some checkpoints were saved from the base model and lack its prefix, or have it where the model does not; some
+    go by names of before a module was renamed (GPT-NeoX's ``embed_out``).
 
-    Raises: FormatError naming the first tensor that is missing or has another shape.
+    Raises: FormatError naming the first tensor that is missing or has another shape; UnsupportedModelError if the
+        checkpoint keeps a tensor in another form than the model.
     """
-    specs = checkpoint.specs
+    specs, current = checkpoint.specs, _current_names(model, checkpoint)
     tied = model.all_tied_weights_keys
     base = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found = next((n for n in (name, name.removeprefix(base), base + name) if n in specs), None)
+        found = next((current[n] for n in (name, name.removeprefix(base), base + name) if n in current), None)
         if found is None:
             if name in tied:
                 continue
             raise FormatError(f"{checkpoint.folder}: lacks tensor {name}, which {type(model).__name__} needs")
         if specs[found].shape != tuple(tensor.shape):
             raise FormatError(
-                f"{checkpoint.folder}: {found} has shape {specs[found].shape}, config.json implies {tuple(tensor.shape)}"
+                f"{checkpoint.folder}: {found} has shape {specs[found].shape}, "
+                f"config.json implies {tuple(tensor.shape)}"
             )
         names[name] = found
     return names
+
+
+def _current_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """The name transformers loads a tensor under -> its name in the checkpoint."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    current: dict[str, str] = {}
+    for name in sorted(checkpoint.specs):  # as transformers does: some renamings wait for an earlier name
+        renamed, converted = rename_source_key(name, renamings, converters)
+        if converted:
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: {name} is not stored as {type(model).__name__} holds it "
+                "(it may fuse a mixture's experts); such models are not supported yet"
+            )
+        current[renamed] = name
+    return current
 
 
 def load_model(
@@ -146,7 +173,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     if not any((checkpoint.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise FormatError(f"{checkpoint.folder}: tokenizer cannot be read: {first_line(error)}") from None
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from compressllm import __version__
 from compressllm.core.errors import RunError
-from compressllm.core.masks import MaskStore, pack_bits
+from compressllm.core.masks import pack_bits
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.run import write_json
-from compressllm.models.bundle import Bundle
+from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
-from compressllm.models.loading import skeleton
+from compressllm.models.loading import tensor_names
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
 from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
@@ -71,7 +71,8 @@ class FolderRecord:
     """Results go to a checkpoint folder, block by block; a killed walk resumes after its last finished block.
 
     The shards have their final layout from the start, so a finished block is written once and in its place.
-    ``progress.json`` names a block only after its bytes are synced.
+    ``progress.json`` names a block only after its bytes are synced. A call that finds all of them finished only puts
+    the checkpoint together.
 
     Args:
         bundle: A bundle with a checkpoint.
@@ -79,7 +80,7 @@ class FolderRecord:
         folder: Existing folder; the checkpoint appears in it as ``model`` when the walk is over.
         fingerprint: Everything the results depend on. A record left with another fingerprint is refused.
 
-    Raises: RunError for such a record; OSError if the disk is full.
+    Raises: RunError for such a record, or a checkpoint without one; OSError if the disk is full.
     """
 
     def __init__(
@@ -96,22 +97,31 @@ class FolderRecord:
         self._source, self._bundle = bundle.checkpoint, bundle
         self._patterns = {**bundle.patterns, **patterns}
         self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / "progress.json"
-        self._fingerprint = json.loads(json.dumps({**fingerprint, "source": _identity(self._source)}))
+        computed = {"dtype": str(dtype), "device": device.type, "source": _identity(self._source)}
+        self._fingerprint = json.loads(json.dumps({**fingerprint, **computed}))
         self._blocks, self.rows = self._resume()
         self.done = len(self._blocks)
         self._work.mkdir(exist_ok=True)
-        specs = self._source.specs
-        self._out = ShardWriter(self._work, specs)
-        shapes = {name: specs[f"{name}.weight"].shape for name in self._patterns}
-        bits = {name: TensorSpec(torch.uint8, (rows, -(-columns // 8))) for name, (rows, columns) in shapes.items()}
-        self._shapes = shapes
-        self._mask_file = TensorFileWriter(self._work / MASKS_NAME, bits)
+        self._out = ShardWriter(self._work, self._source.specs)
+        stored_name = tensor_names(bundle.model, self._source)
+        self._stored = {name: stored_name[f"{name}.weight"].removesuffix(".weight") for name in self._patterns}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for name in self._patterns:
+            out, columns = bundle.model.get_parameter(f"{name}.weight").shape
+            self._shapes[name] = (out, columns)
+        self._mask_file = TensorFileWriter(
+            self._work / MASKS_NAME,
+            {
+                self._stored[name]: TensorSpec(torch.uint8, (out, -(-columns // 8)))
+                for name, (out, columns) in self._shapes.items()
+            },
+        )
         self.weights: Weights = StreamedWeights(bundle.model, self._source, self._out, set(self._blocks), dtype, device)
 
     def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
         """Write the block's weights and masks, then note that it is finished."""
         for name, keep in masks.items():
-            self._mask_file.write(name, pack_bits(keep).cpu())
+            self._mask_file.write(self._stored[name], pack_bits(keep).cpu())
         self._mask_file.sync()
         self._streamed.finish_(block)
         self._blocks.append(block)
@@ -124,7 +134,7 @@ class FolderRecord:
         walked = {row["linear"] for row in self.rows}
         for name in self._patterns:
             if name not in walked:  # sparse already, and left as it was
-                self._mask_file.write(name, self._bundle.masks.packed(name).bits)
+                self._mask_file.write(self._stored[name], self._bundle.masks.packed(name).bits)
         self._out.finish()
         self._mask_file.close()
         self._source.copy_side_files(self._work)
@@ -132,15 +142,16 @@ class FolderRecord:
         files = sorted(path for path in self._work.iterdir() if path.suffix == ".safetensors")
         Facts(
             written_by=__version__,
-            linears={n: LinearFacts(pattern=p, shape=self._shapes[n]) for n, p in self._patterns.items()},
+            linears={
+                self._stored[name]: LinearFacts(pattern=pattern, shape=self._shapes[name])
+                for name, pattern in self._patterns.items()
+            },
             masks_sha256=masks.sha256(),
             source={"folder": self._source.folder.name},
             sha256={path.name: file_sha256(path) for path in files},
         ).write(self._work)
-        self._work.replace(self._final)
-        self._journal.unlink()
-        checkpoint = Checkpoint(self._final)
-        return Bundle(skeleton(checkpoint), self._bundle.tokenizer, checkpoint.masks(), self._patterns, checkpoint)
+        self._work.replace(self._final)  # the journal stays: if killed now, the next call ends where this one did
+        return bundle_of(Checkpoint(self._final), self._bundle.tokenizer)
 
     @property
     def _streamed(self) -> StreamedWeights:
@@ -149,7 +160,10 @@ class FolderRecord:
         return self.weights
 
     def _resume(self) -> tuple[list[str], Rows]:
-        if not self._journal.exists():
+        if self._final.exists() and not self._journal.exists():
+            raise RunError(f"{self._final}: exists already; give a new folder")
+        if not self._journal.exists() or not (self._work.exists() or self._final.exists()):
+            self._journal.unlink(missing_ok=True)  # its checkpoint was taken away
             shutil.rmtree(self._work, ignore_errors=True)  # killed before its first block was finished
             return [], []
         progress = json.loads(self._journal.read_text())
@@ -159,6 +173,8 @@ class FolderRecord:
                 f"{self._work.parent}: was begun with another {', '.join(changed)}; "
                 "restore it, or start again in a new folder"
             )
+        if self._final.exists():
+            self._final.replace(self._work)
         return list(progress["blocks"]), list(progress["rows"])
 
 

@@ -42,7 +42,7 @@ class ShardReader:
             self.files[file_name] = file
             if expected is not None and (lost := expected - file.specs.keys()):
                 raise FormatError(f"{folder / file_name}: lacks tensor {min(lost)}, which the index places in it")
-            self._file_of.update({name: file for name in (file.specs if expected is None else sorted(expected))})
+            self._file_of.update(dict.fromkeys(file.specs if expected is None else sorted(expected), file))
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -80,7 +80,7 @@ class ShardWriter:
             file_name = f"{_stem(variant)}{suffix}.safetensors"
             writer = TensorFileWriter(folder / file_name, part)
             self._writers[file_name] = writer
-            self._writer_of.update({name: writer for name in part})
+            self._writer_of.update(dict.fromkeys(part, writer))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor in its place."""

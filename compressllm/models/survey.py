@@ -54,9 +54,7 @@ class LinearSurvey:
         return {**asdict(self), "sparsity": self.sparsity}
 
 
-def survey(
-    checkpoint: Checkpoint, pattern: SparsityPattern | None = None
-) -> tuple[int, Iterator[LinearSurvey]]:
+def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tuple[int, Iterator[LinearSurvey]]:
     """How many prunable linears there are, and each as it is read, one in memory at a time.
 
     Args:
@@ -69,16 +67,14 @@ def survey(
 
     def rows() -> Iterator[LinearSurvey]:
         for name in linears:
-            yield _survey_linear(
-                name, checkpoint.read(stored[f"{name}.weight"]), checkpoint.mask(name), pattern or patterns.get(name)
-            )
+            tensor = stored[f"{name}.weight"]
+            owner = tensor.removesuffix(".weight")
+            yield _survey_linear(name, checkpoint.read(tensor), checkpoint.mask(owner), pattern or patterns.get(owner))
 
     return len(linears), rows()
 
 
-def damaged_files(
-    checkpoint: Checkpoint, show: Callable[..., Any] = lambda items, total, label: items
-) -> list[str]:
+def damaged_files(checkpoint: Checkpoint, show: Callable[..., Any] = lambda items, total, label: items) -> list[str]:
     """Weight files whose bytes are not those that were written, by the hashes in ``compressllm.json``."""
     expected = checkpoint.facts.sha256 if checkpoint.facts else {}
     return [
@@ -88,9 +84,7 @@ def damaged_files(
     ]
 
 
-def _survey_linear(
-    name: str, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern | None
-) -> LinearSurvey:
+def _survey_linear(name: str, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern | None) -> LinearSurvey:
     zero = weight == 0
     pruned = zero if keep is None else ~keep
     violations = 0

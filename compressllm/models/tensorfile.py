@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,10 @@ class TensorFile:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY)
+            self.close = weakref.finalize(self, os.close, self._fd)  # once, at the latest when the object goes
+            self._header = _parse_header(self._fd, path)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-        try:
-            self._header = _parse_header(self._fd, path)
-        except BaseException:
-            self.close()  # not os.close: __del__ would close the number again, and by then it may be another's
-            raise
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -92,16 +90,6 @@ class TensorFile:
         """A fresh CPU tensor with the bytes stored under ``name``."""
         spec = self._header.specs[name]
         return read_tensor(self._fd, self._header.offsets[name], spec, str(self.path))
-
-    def close(self) -> None:
-        """Give the file descriptor back."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            self.close()
 
 
 class TensorFileWriter:
@@ -220,7 +208,7 @@ def _parse_header(fd: int, path: Path) -> _Header:
         raise FormatError(f"{path}: is not a whole safetensors file: {size} bytes, header of {length}; fetch it again")
     try:
         entries = json.loads(os.pread(fd, length, 8))
-        metadata = entries.pop("__metadata__", None) or {}
+        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
         specs, offsets, spans = {}, {}, []
         for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
@@ -242,4 +230,4 @@ def _parse_header(fd: int, path: Path) -> _Header:
         last = max(last, end)
     if 8 + length + last > size:
         raise FormatError(f"{path}: is truncated: {size} bytes of {8 + length + last}; fetch it again")
-    return _Header(specs, offsets, {str(k): str(v) for k, v in metadata.items()}, 8 + length + last)
+    return _Header(specs, offsets, metadata, 8 + length + last)

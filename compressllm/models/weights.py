@@ -55,7 +55,8 @@ class LiveWeights:
 
     def read(self, name: str) -> Tensor:
         """The parameter."""
-        return self._model.get_parameter(name).data
+        parameter: Tensor = self._model.get_parameter(name)
+        return parameter.data
 
     def replace_(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the parameter."""

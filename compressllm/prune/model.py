@@ -12,7 +12,7 @@ from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.protocols import PRUNERS, Pruned, Pruner
+from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
@@ -39,22 +39,23 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
     record = _open_record(bundle, config, run, plan, windows, dtype, device)
-    options = WalkOptions(
-        device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder
-    )
+    options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
 
     ids = windows.ids if windows else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
+        planned = [name for name in block.linears if name in plan]
+        for name in planned:
+            _check_finite(name, record.weights.read(f"{name}.weight"))  # or the activations would be blamed
         stats = block.collect(pruner.needs)
         masks, rows = {}, []
-        for name in block.linears:
-            if name in plan:
-                weight = record.weights.read(f"{name}.weight").to(device, torch.float32)
-                pruned = _prune_linear(pruner, name, weight, stats[name], plan[name])
-                record.weights.replace_(f"{name}.weight", pruned.weight)
-                masks[name] = pruned.keep
-                rows.append(_row(name, weight, pruned, stats[name], plan[name]))
+        for name in planned:
+            weight = record.weights.read(f"{name}.weight").to(device, torch.float32)
+            with torch.inference_mode():
+                pruned = pruner.prune(weight, stats[name], plan[name])
+            masks[name] = pruned.keep
+            rows.append(_row(name, weight, pruned, stats[name], plan[name]))
+            record.weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
         record.finish(block.name, masks, rows)
 
     pruned_bundle = record.close()
@@ -109,13 +110,9 @@ def _open_record(
     return FolderRecord(bundle, plan, run.folder, fingerprint, dtype, device)
 
 
-def _prune_linear(
-    pruner: Pruner, name: str, weight: Tensor, stats: InputStats, pattern: SparsityPattern
-) -> Pruned:
-    if not weight.isfinite().all():
-        raise FormatError(f"{name}.weight: holds {int((~weight.isfinite()).sum())} values that are not finite")
-    with torch.inference_mode():
-        return pruner.prune(weight, stats, pattern)
+def _check_finite(name: str, weight: Tensor) -> None:
+    if bad := int((~weight.isfinite()).sum()):
+        raise FormatError(f"{name}.weight: holds {bad} values that are not finite")
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Stages: recipes and the runner that puts them through."""

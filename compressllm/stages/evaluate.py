@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
         max_seqlen=bundle.max_seqlen,
         vocab_size=bundle.vocab_size,
     )
-    model = prepare(bundle, config, run)
+    model, backends = prepare(bundle, config)
     result = perplexity(model, windows.ids, progress=run.track)
     return {
         "perplexity": result.perplexity,
@@ -43,7 +44,7 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
         "windows": result.windows,
         "seqlen": result.seqlen,
         "dtype": result.dtype,
-        "backend": config.backend,
+        "backends": backends,
         "source": windows.source,
         "ids_sha256": windows.sha256,
         "text_sha256": windows.text_sha256,
@@ -52,10 +53,13 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def prepare(bundle: Bundle, config: EvalConfig, run: Run) -> PreTrainedModel:
-    """The bundle's model in memory, its sparse linears on the backend asked for."""
+def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The bundle's model in memory, its sparse linears on the backend asked for; and what was chosen, and why.
+
+    Raises: BackendUnavailableError if a backend asked for by name cannot run a linear.
+    """
     device = choose_device(config.device)
     model = bundle.live(choose_dtype(config.dtype, bundle.stored_dtype, device), device)
-    if len(bundle.masks):
-        swap_linears_(model, bundle.masks, bundle.patterns, backend=config.backend)
-    return model
+    choices = swap_linears_(model, bundle.masks, bundle.patterns, config.backend)
+    refused = {name: reason for choice in choices.values() for name, reason in choice.refused.items()}
+    return model, {"linears": dict(Counter(choice.name for choice in choices.values())), "refused": refused}

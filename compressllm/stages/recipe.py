@@ -16,7 +16,6 @@ from compressllm.core.registry import did_you_mean
 from compressllm.stages.stage import STAGES
 from compressllm.stages.yamltext import line_of, parse_yaml, read_yaml
 
-
 C = TypeVar("C", bound=Config)
 
 
@@ -34,7 +33,7 @@ def _item_type(name: str, config: type[Config]) -> Any:
 
 
 _ITEMS = {name: _item_type(name, stage.config) for name, stage in STAGES.items()}
-_AnyItem = Annotated[
+_AnyItem: Any = Annotated[
     Union[tuple(_ITEMS.values())],  # noqa: UP007
     Discriminator(
         _stage_key,
@@ -53,7 +52,7 @@ class Recipe(Config):
     """The same seed gives the same masks, bit for bit."""
     description: str = ""
     """One line, shown by `compressllm recipe ls`."""
-    stages: tuple[_AnyItem, ...] = Field(min_length=1)  # type: ignore[valid-type]
+    stages: tuple[_AnyItem, ...] = Field(min_length=1)
     """Stages in order, each a single key with its settings."""
 
     @field_validator("stages", mode="before")
@@ -138,7 +137,9 @@ def _override(fields: dict[str, Any], text: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(at, list):
             if not key.isdigit() or int(key) >= len(at):
-                raise RecipeError(f"--set {text}: {'.'.join(keys[:depth])} has {len(at)} items, {key!r} is none of them")
+                raise RecipeError(
+                    f"--set {text}: {'.'.join(keys[:depth])} has {len(at)} items, {key!r} is none of them"
+                )
             index: Any = int(key)
         elif isinstance(at, dict):
             index = key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,9 @@ def _weight_bytes(bundle: Bundle) -> int:
 
 
 def _parameters(bundle: Bundle) -> int:
-    return sum(parameter.numel() for parameter in bundle.model.parameters())
+    """Weights on disk, packed ones counted as what they stand for."""
+    specs = bundle.checkpoint.specs if bundle.checkpoint else {}
+    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunFolder) -> tuple[Bundle, dict[str, Any]]:

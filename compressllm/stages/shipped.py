@@ -25,4 +25,6 @@ def find_recipe(name: str) -> Path:
         return path
     if name in shipped:
         return shipped[name]
-    raise RecipeError(f"no recipe file and no recipe called {name!r}{did_you_mean(name, shipped)} Known: {', '.join(shipped)}")
+    raise RecipeError(
+        f"no recipe file and no recipe called {name!r}{did_you_mean(name, shipped)} Known: {', '.join(shipped)}"
+    )

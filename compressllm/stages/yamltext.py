@@ -44,7 +44,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     try:
         root = yaml.compose(text, Loader=_Loader)
         _check(root, where)
-        return yaml.load(text, Loader=_Loader), root  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader), root  # a SafeLoader
     except RecursionError:
         raise RecipeError(f"{where}: is nested too deeply for a recipe") from None
     except yaml.YAMLError as error:
