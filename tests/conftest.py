@@ -1,5 +1,6 @@
 """Shared by all tests: tiny random models built from configs, one thread, no network."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -90,8 +91,7 @@ def llama() -> PreTrainedModel:
 def tiny_llama_folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
     """The tiny Llama as a checkpoint folder in bfloat16, as transformers writes it; without a tokenizer."""
     folder = tmp_path / "tiny-llama"
-    llama.to(torch.bfloat16).save_pretrained(folder)
-    llama.float()
+    copy.deepcopy(llama).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

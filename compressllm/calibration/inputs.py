@@ -88,7 +88,7 @@ class BlockInputs:
         except Enough:
             return None
         out = result[0] if isinstance(result, tuple) else result
-        if not isinstance(out, Tensor) or out.shape != hidden.shape:
+        if not isinstance(out, Tensor) or out.shape != hidden.shape or out.dtype != hidden.dtype:
             raise UnsupportedModelError(f"{name}: gave back {type(out).__name__}, not hidden states like its input's")
         return out
 
@@ -119,9 +119,11 @@ def embed_windows(
         windows: (n, seqlen) token ids.
         batch_windows: Windows in a batch.
 
-    Raises: CalibrationError if a token id is outside the vocabulary; UnsupportedModelError if blocks are called
-        differently for different text.
+    Raises: CalibrationError if there is no window or a token id is outside the vocabulary; UnsupportedModelError if
+        blocks are called differently for different text.
     """
+    if not len(windows):
+        raise CalibrationError("no calibration window was given")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
         raise CalibrationError(
@@ -142,8 +144,7 @@ def embed_windows(
             raise UnsupportedModelError(
                 f"{type(model).__name__}: calls its blocks differently for different text, which is not supported"
             )
-    if hidden is None:
-        raise CalibrationError("no calibration window was given")
+    assert hidden is not None  # there was a batch
     return BlockInputs(hidden, {size: [call.to(device) for call in made] for size, made in calls.items()}, device)
 
 
@@ -170,6 +171,7 @@ def _record(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor) -> tuple
         return hidden.as_subclass(_Echo)
 
     modules: Sequence[nn.Module] = list(blocks.modules)
+    own = [vars(module).get("forward") for module in modules]  # accelerate puts one on modules that it moves
     for module in modules:
         module.forward = stub
     try:
@@ -178,8 +180,10 @@ def _record(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor) -> tuple
     except Enough:
         pass
     finally:
-        for module in modules:
-            del module.forward  # the class's own shows again
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward  # the class's shows again
+            if forward is not None:
+                module.forward = forward
     if len(calls) != len(modules):
         raise UnsupportedModelError(f"{type(model).__name__}: called {len(calls)} of its {len(modules)} blocks")
     return first[0], calls

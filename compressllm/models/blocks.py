@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from compressllm.core.errors import UnsupportedModelError
 
-
 ENCODER_DECODER = "is an encoder-decoder; only decoder-only causal language models are supported"
 
 

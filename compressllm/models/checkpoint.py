@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,10 @@ class Checkpoint:
                 continue
             if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}:
                 shutil.copyfile(path, to / path.name)
+        if self._format is not None:
+            config = json.loads((to / "config.json").read_text())
+            config.pop("quantization_config", None)  # it says packed, and what is written beside it need not be
+            (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _linear_names(self) -> list[str]:
         return list(self.facts.linears) if self.facts else sorted(self._masks.specs) if self._masks else []

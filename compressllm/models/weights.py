@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.loading import place_, tensor_names
+from compressllm.models.loading import place_, skeleton, tensor_names
 from compressllm.models.shards import ShardWriter
 
 
@@ -96,8 +96,9 @@ class StreamedWeights:
         self._stored_name = tensor_names(model, source)
         self._meta = dict(model.state_dict(keep_vars=True))
         self._held: dict[str, Tensor] = {}
-        for name, buffer in model.named_buffers():
-            if name not in self._stored_name:  # computed at construction, as rotary frequencies are
+        # What is computed at construction, as rotary frequencies are, may depend on the dtype: Gemma's embedding scale.
+        for name, buffer in skeleton(source, dtype).named_buffers():
+            if name not in self._stored_name:
                 place_(model, name, buffer, None, device)
 
     def load_(self, name: str) -> None:
