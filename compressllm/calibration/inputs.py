@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 
 from compressllm.calibration.activations import Activations
 from compressllm.core.errors import CalibrationError, UnsupportedModelError
+from compressllm.core.parallel import map_batches
 from compressllm.models.blocks import DecoderBlocks
+
+R = TypeVar("R")
 
 
 class Enough(Exception):
@@ -73,8 +76,9 @@ class BlockInputs:
         self._hidden, self._calls, self._device = hidden, calls, device
         self._block = 0
 
-    def __len__(self) -> int:
-        return len(self._hidden)
+    def each_batch(self, work: Callable[[int], R]) -> Iterator[R]:
+        """Yield what ``work`` makes of every batch, in order; see `map_batches`."""
+        return map_batches(work, len(self._hidden), self._device)
 
     def forward(self, module: nn.Module, name: str, batch: int) -> Tensor | None:
         """The current block's output for one batch, or None if something in it raised `Enough`.
@@ -94,10 +98,14 @@ class BlockInputs:
 
     def advance(self, module: nn.Module, name: str) -> None:
         """Put every batch through the current block and move on to the next."""
-        for batch in range(len(self._hidden)):
+
+        def replace(batch: int) -> None:
             out = self.forward(module, name, batch)
             if out is not None:
                 self._hidden[batch] = out
+
+        for _ in self.each_batch(replace):
+            pass
         self._block += 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.calibration.inputs import BlockInputs, embed_windows
-from compressllm.calibration.watch import InputWatch
+from compressllm.calibration.watch import InputWatch, Totals
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import find_blocks, find_linears
 from compressllm.models.weights import Weights
@@ -47,10 +47,14 @@ class Block:
         """
         if not needs or self._inputs is None:
             return dict.fromkeys(self.linears, InputStats(tokens=0))
+        inputs = self._inputs
         with InputWatch(self.linears, needs) as watch:
-            for batch in range(len(self._inputs)):
-                watch.next_pass()
-                self._inputs.forward(self.module, self.name, batch)
+
+            def measure(batch: int) -> Totals:
+                return watch.measure(lambda: inputs.forward(self.module, self.name, batch))
+
+            for totals in inputs.each_batch(measure):
+                watch.merge_(totals)
         return watch.finish()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from compressllm.calibration.inputs import Enough
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
+#: What one forward pass adds to the statistics: linear name -> its own accumulator.
+Totals = dict[str, StatsAccumulator]
+
 
 class InputWatch:
     """Collects the input statistics of some linears while it is entered.
 
-    Linears that are called with the same tensor (q, k and v; gate and up) share one accumulator, found in the
-    first pass. From the second pass on, a pass in which all linears are called once ends at the last of them.
+    Linears that are called with the same tensor (q, k and v; gate and up) share one accumulator. The first pass finds
+    out which; if it also calls every linear once, later passes end at the last of them. After the first, passes may
+    run in several threads at once; merged in order, they give the same statistics however many there are.
 
     Args:
         linears: Name -> linear.
@@ -26,11 +31,10 @@ class InputWatch:
 
     def __init__(self, linears: Mapping[str, nn.Linear], needs: frozenset[Need]) -> None:
         self._linears, self._needs = linears, needs
-        self._leader: dict[str, str] = {}
-        self._stats: dict[str, StatsAccumulator] = {}
-        self._seen: list[tuple[str, Tensor]] = []
-        self._order: list[str] = []
+        self._leader: dict[str, str] | None = None  # linear -> the first that was called with the same tensor
         self._last: str | None = None
+        self._stats: Totals = {}
+        self._pass = threading.local()
         self._handles: list[Any] = []
 
     def __enter__(self) -> InputWatch:
@@ -44,35 +48,47 @@ class InputWatch:
         for handle in self._handles:
             handle.remove()
 
-    def next_pass(self) -> None:
-        """Say that a new forward pass begins."""
-        if self._order and self._last is None and Counter(self._order) == Counter(self._linears.keys()):
-            self._last = self._order[-1]
-        self._order.clear()
-        self._seen.clear()
+    def measure(self, forward: Callable[[], object]) -> Totals:
+        """The statistics of one forward pass, run in this thread."""
+        totals: Totals = {}
+        # Tensors are held until the pass is over, so that none can be mistaken for another in its old place.
+        seen: list[tuple[str, Tensor]] = []
+        self._pass.totals, self._pass.seen = totals, seen
+        forward()
+        if self._leader is None:
+            self._leader = {}
+            for name, tensor in seen:
+                self._leader.setdefault(name, next(first for first, other in seen if other is tensor))
+            if Counter(name for name, _ in seen) == Counter(self._linears.keys()):
+                self._last = seen[-1][0]
+            totals = {name: stats for name, stats in totals.items() if self._leader[name] == name}
+        self._pass.totals, self._pass.seen = {}, []
+        return totals
+
+    def merge_(self, totals: Totals) -> None:
+        """Count one pass's statistics."""
+        for name, one in totals.items():
+            self._stats.setdefault(name, StatsAccumulator(self._needs)).merge_(one)
 
     def finish(self) -> dict[str, InputStats]:
         """The statistics of every linear.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
-        done = {name: stats.finish(name) for name, stats in self._stats.items()}
-        missing = StatsAccumulator(self._needs)
-        return {
-            name: done[self._leader[name]] if name in self._leader else missing.finish(name) for name in self._linears
-        }
+        unseen = StatsAccumulator(self._needs)
+        done: dict[str, InputStats] = {}
+        for name in self._linears:
+            leader = (self._leader or {}).get(name, name)
+            done[name] = done[leader] if leader in done else self._stats.get(leader, unseen).finish(name)
+        return done
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0]
-            self._order.append(name)
-            if name not in self._leader:
-                # Identity, not equality: the tensors seen in this pass are held, so none can be a reused one.
-                self._leader[name] = next((first for first, seen in self._seen if seen is inputs), name)
-                self._stats.setdefault(self._leader[name], StatsAccumulator(self._needs))
-                self._seen.append((name, inputs))
-            if self._leader[name] == name:
-                self._stats[name].add_(inputs)
+            if self._leader is None:
+                self._pass.seen.append((name, inputs))
+            if self._leader is None or self._leader.get(name, name) == name:
+                self._pass.totals.setdefault(name, StatsAccumulator(self._needs)).add_(inputs)
             if name == self._last:
                 raise Enough
 

@@ -179,6 +179,19 @@ def test_spilled_activations_change_nothing_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("memory_limit", [0, 1 << 30])
+def test_batches_in_several_threads_give_the_same_bits(
+    decoder: PreTrainedModel, windows: Tensor, memory_limit: int
+) -> None:
+    options = WalkOptions(batch_tokens=16, memory_limit=memory_limit)  # a batch is one window
+    expected = collect(decoder, windows, options)
+    torch.set_num_threads(3)
+    try:
+        assert_same_stats(collect(decoder, windows, options), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 32, 48, 10_000])
 def test_batches_change_no_more_than_the_last_bits(llama: PreTrainedModel, windows: Tensor, batch_tokens: int) -> None:
     expected = collect(llama, windows, WalkOptions(batch_tokens=10_000))

@@ -25,14 +25,18 @@ class Toy(nn.Module):
         return hidden
 
 
-def watch(toy: Toy, batches: list[Tensor], names: tuple[str, ...] = ("q", "k", "copied", "down")) -> InputWatch:
-    with InputWatch({name: toy.get_submodule(name) for name in names}, NEEDS) as watched, torch.inference_mode():
+def watch(toy: Toy, batches: list[Tensor]) -> InputWatch:
+    linears = {name: toy.get_submodule(name) for name in ("q", "k", "copied", "down")}
+
+    def run(batch: Tensor) -> None:
+        try:
+            toy(batch)
+        except Enough:
+            assert toy.whole == 1
+
+    with InputWatch(linears, NEEDS) as watched, torch.inference_mode():
         for batch in batches:
-            watched.next_pass()
-            try:
-                toy(batch)
-            except Enough:
-                assert toy.whole == 1
+            watched.merge_(watched.measure(lambda batch=batch: run(batch)))
     return watched
 
 
