@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
 
 from compressllm.core.errors import CompressError
-from compressllm.core.pattern import parse_pattern
+from compressllm.core.pattern import SparsityPattern, parse_pattern
 from compressllm.core.registry import Registry, build
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -21,8 +21,10 @@ class Config(BaseModel):
 
 
 def _pattern(value: Any) -> Any:
-    if not isinstance(value, str | float | int):
+    if isinstance(value, SparsityPattern):
         return value
+    if isinstance(value, bool) or not isinstance(value, str | float | int):
+        raise ValueError(f"{value!r} is no pattern; give N:M as in 2:4, or a fraction removed as in 0.5")
     try:
         return parse_pattern(str(value))
     except CompressError as error:
@@ -33,6 +35,20 @@ def _pattern(value: Any) -> Any:
 Pattern = Annotated[
     Any, BeforeValidator(_pattern), PlainSerializer(str), WithJsonSchema({"type": ["string", "number"]})
 ]
+
+
+def name_in(registry: Registry[Any], *others: str) -> Any:
+    """Annotation of a field that holds a name from ``registry``, or one of ``others``."""
+
+    def check(name: str) -> str:
+        try:
+            if name not in others:
+                registry.get(name)
+        except CompressError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return Annotated[str, AfterValidator(check)]
 
 
 def method_of(registry: Registry[Any]) -> Any:

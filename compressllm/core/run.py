@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: Where a stage keeps, in its folder, how far it is; dropped once the run's manifest has the finished stage.
+JOURNAL = "progress.json"
+
 #: Shows progress through items: (items, how many there are, what is being done) -> the same items.
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from compressllm.core.config import Config, Device, Dtype
+from compressllm.core.config import Config, Device, Dtype, name_in
+from compressllm.core.protocols import BACKENDS
 
 
 class EvalConfig(Config):
@@ -22,5 +23,5 @@ class EvalConfig(Config):
     """Dtype the model computes in; the loss is always float32."""
     device: Device = "auto"
     """Where the model runs."""
-    backend: str = "auto"
+    backend: name_in(BACKENDS, "auto") = "auto"  # type: ignore[valid-type]
     """Kernel backend of sparse linears, from `compressllm list backends`, or auto for the fastest."""

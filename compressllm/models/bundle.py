@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,10 +65,10 @@ def open_bundle(model: str) -> Bundle:
     Raises: FormatError, UnsupportedModelError.
     """
     checkpoint = Checkpoint(resolve_model(model))
-    return bundle_of(checkpoint, load_tokenizer(checkpoint))
+    return replace(bundle_of(checkpoint), tokenizer=load_tokenizer(checkpoint))
 
 
-def bundle_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> Bundle:
+def bundle_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None) -> Bundle:
     """A bundle of an open checkpoint, whose weights stay on disk.
 
     Raises: FormatError, UnsupportedModelError.

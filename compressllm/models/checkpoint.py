@@ -44,6 +44,8 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
         try:
+            if not isinstance(json.loads((self.folder / "config.json").read_text()), dict):
+                raise ValueError("holds no mapping of settings")
             config = AutoConfig.from_pretrained(self.folder)
         except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None

@@ -144,9 +144,10 @@ def load_model(
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(resolve_model(str(model)))
     built = skeleton(checkpoint, dtype)
-    for name, stored in tensor_names(built, checkpoint).items():
+    names = tensor_names(built, checkpoint)
+    for name, stored in names.items():
         place_(built, name, checkpoint.read(stored), dtype, device)
-    built.tie_weights()
+    built.tie_weights(missing_keys=built.state_dict().keys() - names.keys())  # not what is stored twice and differs
     built.to(device)  # buffers that are not stored
     _load_generation_config(built, checkpoint)
     return built

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
-from compressllm.core.errors import RunError
+from compressllm.core.errors import FormatError, RunError
 from compressllm.core.masks import pack_bits
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.run import write_json
+from compressllm.core.run import JOURNAL, write_json
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
@@ -80,7 +80,8 @@ class FolderRecord:
         folder: Existing folder; the checkpoint appears in it as ``model`` when the walk is over.
         fingerprint: Everything the results depend on. A record left with another fingerprint is refused.
 
-    Raises: RunError for such a record, or a checkpoint without one; OSError if the disk is full.
+    Raises: RunError for such a record, or a checkpoint without one; FormatError if the bundle lacks the mask of a
+        sparse linear that the walk leaves as it is; OSError if the disk is full.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class FolderRecord:
             raise TypeError("a FolderRecord needs a bundle whose weights are in a checkpoint")
         self._source, self._bundle = bundle.checkpoint, bundle
         self._patterns = {**bundle.patterns, **patterns}
-        self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / "progress.json"
+        if lost := bundle.patterns.keys() - patterns.keys() - bundle.masks.keys():
+            raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
+        self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / JOURNAL
         computed = {"dtype": str(dtype), "device": device.type, "source": _identity(self._source)}
         self._fingerprint = json.loads(json.dumps({**fingerprint, **computed}))
         self._blocks, self.rows = self._resume()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from compressllm.core.errors import CompressError, RunError
-from compressllm.core.run import write_atomically, write_json
+from compressllm.core.run import JOURNAL, write_atomically, write_json
 from compressllm.stages.environment import environment
 from compressllm.stages.recipe import Recipe
 
@@ -85,6 +85,7 @@ class RunFolder:
         """Add a finished stage to the manifest."""
         self.manifest["stages"].append(entry)
         write_json(self.path / MANIFEST, self.manifest)
+        (self.stage_folder(len(self.manifest["stages"]) - 1, entry["stage"]) / JOURNAL).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Move the last stage's model to ``model`` and close the manifest."""

@@ -9,12 +9,13 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, create_model, field_validator
+from pydantic_core import ErrorDetails
 
 from compressllm.core.config import Config
 from compressllm.core.errors import RecipeError
 from compressllm.core.registry import did_you_mean
 from compressllm.stages.stage import STAGES
-from compressllm.stages.yamltext import line_of, parse_yaml, read_yaml
+from compressllm.stages.yamltext import dump_yaml, line_of, parse_yaml, read_yaml
 
 C = TypeVar("C", bound=Config)
 
@@ -52,7 +53,7 @@ class Recipe(Config):
     """The same seed gives the same masks, bit for bit."""
     description: str = ""
     """One line, shown by `compressllm recipe ls`."""
-    stages: tuple[_AnyItem, ...] = Field(min_length=1)
+    stages: tuple[_AnyItem, ...]
     """Stages in order, each a single key with its settings."""
 
     @field_validator("stages", mode="before")
@@ -61,6 +62,8 @@ class Recipe(Config):
         """Read ``- eval:`` and ``- eval`` as a stage with its defaults."""
         if not isinstance(value, Sequence) or isinstance(value, str):
             return value
+        if not value:  # not min_length: that would also count stages dropped for mistakes of their own
+            raise ValueError("is empty; give at least one stage")
         named = ({item: {}} if isinstance(item, str) else item for item in value)
         return [
             {key: {} if settings is None else settings for key, settings in item.items()}
@@ -75,7 +78,7 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
@@ -97,7 +100,7 @@ def make_config(config: type[C], fields: Mapping[str, Any]) -> C:
     try:
         return config.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError("; ".join(_sentence(one["loc"], one["msg"]) for one in error.errors())) from None
+        raise RecipeError("; ".join(_sentence(one["loc"], one, one["msg"]) for one in error.errors())) from None
 
 
 def method_spec(text: str | None) -> Any:
@@ -148,7 +151,9 @@ def _override(fields: dict[str, Any], text: str) -> None:
         if last:
             at[index] = parse_yaml(value, f"--set {text}")[0]
         else:
-            if isinstance(at, dict) and not isinstance(at.get(index), dict | list):
+            if isinstance(at, list) and at[index] == keys[depth + 1]:
+                at[index] = {at[index]: {}}  # a stage written without settings
+            if isinstance(at, dict) and at.get(index) is None:
                 at[index] = {}
             at = at[index]
 
@@ -166,11 +171,14 @@ def _explain(error: ValidationError, root: yaml.Node | None) -> list[str]:
             given = one["input"]
             key = next(iter(given)) if isinstance(given, Mapping) and len(given) == 1 else None
             message = f"{key or given!r} {message}{did_you_mean(str(key), STAGES) if key else ''}"
-        lines.append((f":{line_of(root, loc)}: " if root else "") + _sentence(loc, message))
+        lines.append((f":{line_of(root, loc)}: " if root else "") + _sentence(loc, one, message))
     return lines
 
 
-def _sentence(loc: tuple[int | str, ...], message: str) -> str:
+def _sentence(loc: tuple[int | str, ...], error: ErrorDetails, message: str) -> str:
+    plain = isinstance(error["input"], str | int | float) and error["type"] not in {"extra_forbidden", "stage"}
+    if plain and not message.startswith("Value error, "):  # our own messages say what came
+        message += f", not {error['input']!r}"
     message = message.removeprefix("Value error, ")
     if message[:1].isupper() and message[1:2].islower():
         message = message[0].lower() + message[1:]

@@ -30,6 +30,21 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 
+# YAML 1.1 also reads a leading zero as octal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(str(node.value)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would not read back as text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
 
 def parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     """The plain data in ``text``, and its syntax tree for line numbers.
@@ -50,7 +65,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise RecipeError(
+            f"{where}{line}: is not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
+        ) from None
     except ValueError as error:  # a control character, an impossible number
         raise RecipeError(f"{where}: is not YAML: {error}") from None
 

@@ -80,6 +80,13 @@ def test_tied_embeddings_are_stored_once_and_tied_again(
     assert_same_model(loaded, tied, windows)
 
 
+def test_a_head_that_differs_is_not_tied_whatever_the_config_says(tiny_llama_folder: Path, windows: Tensor) -> None:
+    edit_config(tiny_llama_folder, tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    assert_same_model(load_model(tiny_llama_folder), theirs, windows)
+
+
 def test_a_checkpoint_of_the_base_model_loads_too(tiny_llama_folder: Path, windows: Tensor) -> None:
     expected = load_model(tiny_llama_folder)
 

@@ -197,7 +197,7 @@ def test_the_seed_of_the_run_reaches_the_method(llama: PreTrainedModel, ids: str
 
 def test_the_number_of_threads_changes_nothing(build_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    np.save(tmp_path / "ids.npy", torch.randint(3, 64, (8, 128), generator=torch.Generator().manual_seed(0)).numpy())
+    np.save(tmp_path / "ids.npy", torch.randint(3, 64, (32, 128), generator=torch.Generator().manual_seed(0)).numpy())
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -310,6 +310,14 @@ def test_sparse_linears_that_are_skipped_stay_as_they_were(folder: Path, ids: st
     assert again.masks.sha256() == second.masks.sha256()
     assert dict(again.patterns) == dict(second.patterns)
     assert live.masks.sha256() == before  # a bundle's own masks are never changed
+
+
+def test_a_skipped_linear_whose_mask_is_lost_is_found_before_the_walk(folder: Path, ids: str, tmp_path: Path) -> None:
+    prune_folder(folder, settings(ids), tmp_path / "a")
+    (tmp_path / "a" / "model" / "masks.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"says that model\.layers\.0\.mlp\.down_proj is sparse, but holds no mask"):
+        prune_folder(tmp_path / "a", settings(ids, skip=("*.down_proj",)), tmp_path / "b", show=stop_after(0))
+    prune_folder(tmp_path / "a", settings(ids), tmp_path / "c")
 
 
 def test_a_packed_checkpoint_can_be_pruned_further(folder: Path, ids: str, tmp_path: Path) -> None:
