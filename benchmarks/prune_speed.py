@@ -62,7 +62,9 @@ def ours(model: Path, ids: Path, method: str, scratch: Path) -> dict[str, Any]:
     return {"prune_seconds": stage["seconds"], "process_seconds": seconds, "peak_bytes": peak, "masks": masks}
 
 
-def reference(model: Path, ids: Path, method: str, scratch: Path, options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+def reference(
+    model: Path, ids: Path, method: str, scratch: Path, options: argparse.Namespace, dtype: str
+) -> dict[str, Any]:
     """One run of the authors' code, which saves its model too."""
     result, saved = scratch / "reference.json", scratch / "reference"
     command = [options.reference_python, str(HERE / "reference_wanda.py"), "--repo", str(options.reference)]

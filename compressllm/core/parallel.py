@@ -39,3 +39,4 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device) ->
         finally:
             for future in waiting:
                 future.cancel()
+            torch.set_num_threads(workers)  # the workers' setting is the default of threads begun later

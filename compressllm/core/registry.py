@@ -72,10 +72,14 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
-            importlib.import_module(module.name)
+        self._loaded = True  # before, since the modules may look each other up
+        try:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+                importlib.import_module(module.name)
+        except BaseException:
+            self._loaded = False
+            raise
 
 
 #: protocol class -> the registry that holds its implementations
@@ -140,6 +144,8 @@ def build(registry: Registry[T], spec: Spec, defaults: Mapping[str, Any] | None 
             for f in fields.values()
             if f.name not in made and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
+        if not missing:
+            raise  # the class's own fault
         raise RecipeError(f"{registry.kind} {name}: option {', '.join(missing)} is needed") from None
     except ValueError as error:
         raise RecipeError(f"{registry.kind} {name}: {error}") from None

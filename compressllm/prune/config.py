@@ -22,8 +22,8 @@ class PruneConfig(Config):
     calibration: CalibrationConfig = CalibrationConfig()
     """Text the method looks at, if it looks at any."""
     dtype: Dtype = "auto"
-    """Dtype of the forward passes; what is stored keeps its own."""
+    """Dtype of the forward passes; what is stored keeps its own. A model already in memory keeps its dtype."""
     device: Device = "auto"
-    """Where the forward passes run."""
+    """Where the forward passes run. A model already in memory stays where it is."""
     activation_memory_gb: float = Field(default=4.0, ge=0)
     """Hidden states held in memory; more spill to disk."""

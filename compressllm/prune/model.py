@@ -36,8 +36,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     pruner = build(PRUNERS, config.method, {"seed": run.seed})
     plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
     windows = _windows(bundle, config, run) if pruner.needs else None
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
+    device, dtype = _compute(bundle, config)
     record = _open_record(bundle, config, run, plan, windows, dtype, device)
     options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
 
@@ -71,6 +70,14 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         resumed_at_block=record.done or None,
     )
     return pruned_bundle
+
+
+def _compute(bundle: Bundle, config: PruneConfig) -> tuple[torch.device, torch.dtype]:
+    """Where and in what dtype blocks run; a model that holds its weights itself stays as it is."""
+    if bundle.checkpoint is None:
+        return bundle.model.device, bundle.stored_dtype
+    device = choose_device(config.device)
+    return device, choose_dtype(config.dtype, bundle.stored_dtype, device)
 
 
 def _windows(bundle: Bundle, config: PruneConfig, run: Run) -> Windows:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.export.config import ExportConfig
 from compressllm.export.writer import export_model, exported_sizes
-from compressllm.models.bundle import Bundle
+from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
 
 
@@ -30,4 +28,4 @@ def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
         sparse_bytes=sizes.stored,
         sparse_ratio=sizes.ratio,
     )
-    return replace(bundle, masks=checkpoint.masks(), patterns=facts.patterns, checkpoint=checkpoint)
+    return bundle_of(checkpoint, bundle.tokenizer)

@@ -7,6 +7,7 @@ baselines anew; a line in CHANGELOG.md goes with every one that moves.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def main() -> int:
 
     order = ["tiny-dense", "tiny-wanda-2of4", "tiny-magnitude-2of4", "tiny-random-2of4"]
     values = [found.get(name, float("nan")) for name in order]
-    if not all(low < high for low, high in zip(values, values[1:], strict=False)):
+    if not all(low < high for low, high in itertools.pairwise(values)):
         failed.append("order of the tiny model: " + " < ".join(order))
     for name, value in found.items():
         print(f"{name:24} {value:10.4f}")

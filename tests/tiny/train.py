@@ -1,6 +1,6 @@
 """Train the tiny byte-level Llama that the tests prune, and write its two text files.
 
-Run it from the repository root as ``python tests/tiny/train.py``; it takes a minute and a half, on one core. The model
+Run it from the repository root as ``python tests/tiny/train.py``; it takes about two minutes on one core. The model
 learns from one half of the text that every CPython carries. The held-out file comes from the other half, of which
 the model sees nothing; settings were chosen on the rest of that half, so that the file itself decided nothing.
 """

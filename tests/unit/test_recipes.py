@@ -174,10 +174,7 @@ def test_no_mistake_is_invented_when_every_stage_is_wrong(write) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [
-        *("true", "3:2", "0:4", "two", "150%", "-0.5", ".nan"),
-        *("[2, 4]", "null", "{n: 2}"),
-    ],
+    ["[2, 4]", "null", "true", "{n: 2}", "3:2", "0:4", "two", "150%", "-0.5", ".nan"],
 )
 def test_what_is_no_pattern_is_refused(value: str, write) -> None:
     found = mistakes(write(PLAIN.replace("2:4", value)))
@@ -224,10 +221,7 @@ def test_what_would_eat_the_machine_is_refused(text: str, write) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        *("", "- eval\n", "model: [\n", "model: !!python/name:os.system\n"),
-        "model: \x07\n",
-    ],
+    ["", "- eval\n", "model: [\n", "model: \x07\n", "model: !!python/name:os.system\n"],
 )
 def test_what_is_no_recipe_is_refused(text: str, write) -> None:
     assert len(mistakes(write(text))) == 1
