@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load
 	$(BIN)/compressllm generate $(OUT) --prompt "The capital of France is" --max-new-tokens 32
 
 test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -84,6 +84,25 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
+def _compare(results: dict[str, Any], name: str) -> None:
+    """Add how many times faster we are, and what share of the memory we take, by medians."""
+    other, mine = results[name], results["ours"]
+    other["times_slower"] = {
+        key: round(other[key]["median"] / mine[key]["median"], 3) for key in ("prune_seconds", "process_seconds")
+    }
+    other["times_memory"] = round(other["peak_bytes"]["median"] / mine["peak_bytes"]["median"], 3)
+
+
+def _nameless(argument: str) -> str:
+    """An argument as it is quoted: paths are this machine's affair."""
+    return Path(argument).name.upper() if "/" in argument else argument
+
+
+def _commit(clone: Path) -> str:
+    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     """Measure, print a table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,6 +121,7 @@ def main() -> None:
     if bundle.checkpoint is None:
         sys.exit("the model has no folder")
     results: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         ids = options.ids
@@ -118,6 +138,10 @@ def main() -> None:
                     made = reference(bundle.checkpoint.folder, ids, method, scratch, options, dtype)
                     runs.setdefault(f"reference {dtype}", []).append(made)
             results[method] = {name: summary(made) for name, made in runs.items()}
+            for name, made in runs.items():
+                if name != "ours":
+                    versions = made[0]["facts"]["versions"]
+                    _compare(results[method], name)
             results[method]["ours"]["masks_sha256"] = sorted({run["masks"] for run in runs["ours"]})
             for name, figures in results[method].items():
                 line = ", ".join(
@@ -129,12 +153,13 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "pruning to 2:4: wall clock and peak memory",
-        "command": "make bench" if len(sys.argv) == 1 else "python benchmarks/prune_speed.py with a reference clone",
+        "command": " ".join(["python benchmarks/prune_speed.py", *map(_nameless, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": options.model,
         "windows": shape,
         "runs": options.runs,
         "environment": environment(),
+        "reference": versions | {"commit": _commit(options.reference)} if versions else None,
         "results": results,
     }
     options.out.write_text(json.dumps(record, indent=2) + "\n")

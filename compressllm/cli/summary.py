@@ -28,6 +28,13 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
     protocols = dict.fromkeys(s["metrics"]["protocol"] for s in manifest["stages"] if "protocol" in s["metrics"])
     for protocol in protocols:
         results.print(f"perplexity: {protocol}", soft_wrap=True)
+    for metrics in (stage["metrics"] for stage in manifest["stages"]):
+        if "sparse_ratio" in metrics:
+            results.print(
+                f"{metrics['format']}: {metrics['linears']} sparse linears in {bytes_text(metrics['sparse_bytes'])}, "
+                f"{metrics['sparse_ratio']:.4f} of their {bytes_text(metrics['sparse_bytes_dense'])} dense",
+                soft_wrap=True,
+            )
     models = [stage["model"] for stage in manifest["stages"] if stage["model"]]
     if models:
         results.print(f"model: {out / models[-1]}", soft_wrap=True)

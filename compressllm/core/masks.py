@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ _SELECTED_AT_ONCE = 1 << 18  # torch makes an 8-byte position of every weight it
 
 def pack_bits(keep: Tensor) -> Tensor:
     """(out, in) bool -> (out, ceil(in / 8)) uint8, lowest bit first; a last short byte is padded with zeros."""
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))  # far fewer passes
     out, columns = keep.shape
     padded = torch.nn.functional.pad(keep, (0, -columns % 8)) if columns % 8 else keep
     bits = padded.reshape(out, -1, 8).to(torch.uint8) << _SHIFTS.to(keep.device)

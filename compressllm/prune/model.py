@@ -118,7 +118,9 @@ def _open_record(
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
-    if bad := int((~weight.isfinite()).sum()):
+    if weight.sum().isfinite():  # one pass; NaN and infinity never leave a sum
+        return
+    if bad := int(weight.isfinite().logical_not_().count_nonzero()):
         raise FormatError(f"{name}.weight: holds {bad} values that are not finite")
 
 
@@ -126,7 +128,7 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
     return {
         "linear": name,
         "pattern": str(pattern),
-        "sparsity": 1.0 - float(pruned.keep.sum()) / pruned.keep.numel(),
+        "sparsity": 1.0 - int(pruned.keep.count_nonzero()) / pruned.keep.numel(),
         "tokens": stats.tokens,
         "error": relative_error(weight, pruned.weight, stats),
     }

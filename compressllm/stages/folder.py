@@ -28,11 +28,12 @@ class RunFolder:
     Args:
         path: New or empty folder, or one that an interrupted run of the same recipe left.
         resume: Whether such a folder is taken up; if not, it is refused.
+        source: Name of the folder the weights are read from; of a hub snapshot, its revision.
 
     Raises: RunError if the folder holds something else, a run of another recipe, or is in use; or cannot be made.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, resume: bool) -> None:
+    def __init__(self, path: Path, recipe: Recipe, resume: bool, source: str) -> None:
         self.path = path
         self.made = not path.exists()
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
@@ -53,7 +54,7 @@ class RunFolder:
             os.close(self._lock)
             raise RunError(f"{path}: is in use by another run; wait for it or give another folder") from None
         try:
-            self.manifest = self._take_up(recipe) if held else self._begin(recipe)
+            self.manifest = self._take_up(recipe) if held else self._begin(recipe, source)
         except BaseException:
             os.close(self._lock)
             raise
@@ -102,10 +103,11 @@ class RunFolder:
         folder = self.path / str(entry["model"])
         return folder if folder.exists() else self.path / MODEL
 
-    def _begin(self, recipe: Recipe) -> dict[str, Any]:
+    def _begin(self, recipe: Recipe, source: str) -> dict[str, Any]:
         manifest = {
             "schema": 1,
             "model": recipe.model,
+            "source": source,
             "seed": recipe.seed,
             "begun": _now(),
             "finished": None,

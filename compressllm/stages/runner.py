@@ -40,7 +40,7 @@ def run_recipe(
     """
     check_sources(recipe)
     bundle = open_bundle(recipe.model)
-    with RunFolder(out, recipe, resume) as folder:
+    with RunFolder(out, recipe, resume, bundle.checkpoint.folder.name if bundle.checkpoint else "") as folder:
         for index, (name, config) in enumerate(recipe.steps()):
             if done := folder.stage_done(index):
                 if done["model"]:
