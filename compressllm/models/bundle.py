@@ -68,12 +68,17 @@ def open_bundle(model: str) -> Bundle:
     return replace(bundle_of(checkpoint), tokenizer=load_tokenizer(checkpoint))
 
 
-def bundle_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None) -> Bundle:
+def bundle_of(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None, model: PreTrainedModel | None = None
+) -> Bundle:
     """A bundle of an open checkpoint, whose weights stay on disk.
+
+    Args:
+        model: Its skeleton, if there is one already.
 
     Raises: FormatError, UnsupportedModelError.
     """
-    model = skeleton(checkpoint)
+    model = model or skeleton(checkpoint)
     module = {n.removesuffix(".weight"): m.removesuffix(".weight") for m, n in tensor_names(model, checkpoint).items()}
     masks, patterns = checkpoint.masks(), checkpoint.facts.patterns if checkpoint.facts else {}
     if unknown := (masks.keys() | patterns.keys()) - module.keys():

@@ -154,7 +154,7 @@ class FolderRecord:
             sha256={path.name: file_sha256(path) for path in files},
         ).write(self._work)
         self._work.replace(self._final)  # the journal stays: if killed now, the next call ends where this one did
-        return bundle_of(Checkpoint(self._final), self._bundle.tokenizer)
+        return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
 
     @property
     def _streamed(self) -> StreamedWeights:

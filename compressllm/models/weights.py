@@ -97,7 +97,8 @@ class StreamedWeights:
         self._meta = dict(model.state_dict(keep_vars=True))
         self._held: dict[str, Tensor] = {}
         # What is computed at construction, as rotary frequencies are, may depend on the dtype: Gemma's embedding scale.
-        for name, buffer in skeleton(source, dtype).named_buffers():
+        computed = model if model.dtype == dtype else skeleton(source, dtype)
+        for name, buffer in list(computed.named_buffers()):
             if name not in self._stored_name:
                 place_(model, name, buffer, None, device)
 

@@ -28,4 +28,4 @@ def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
         sparse_bytes=sizes.stored,
         sparse_ratio=sizes.ratio,
     )
-    return bundle_of(checkpoint, bundle.tokenizer)
+    return bundle_of(checkpoint, bundle.tokenizer, bundle.model)
