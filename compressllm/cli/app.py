@@ -55,9 +55,6 @@ def main() -> None:
     except CompressError as error:
         say(f"error: {error}", style="bold red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last finished block", style="yellow")
-        sys.exit(130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         say(f"error: {where}{error.strerror or error}; finished work is kept, the same command resumes it", style="red")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.cli.arguments import AsJson, Data, Device, DType, Model, Out, Resume, Seed
-from compressllm.cli.output import flag, given, print_json, show, warn
-from compressllm.cli.summary import print_summary
+from compressllm.cli.output import flag, given
+from compressllm.cli.running import run_and_print
 from compressllm.prune.config import PruneConfig
 
 
@@ -28,13 +28,8 @@ def prune(
 ) -> None:
     """Prune a checkpoint in one shot. The pruned model is OUT/model."""
     from compressllm.stages.recipe import make_recipe, method_spec
-    from compressllm.stages.runner import run_recipe
 
     settings = given(method=method_spec(method), pattern=pattern, skip=skip, dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
-    manifest = run_recipe(recipe, out, resume=resume, show=show, on_warning=warn)
-    if as_json:
-        print_json(manifest)
-    else:
-        print_summary(manifest, out)
+    run_and_print(recipe, out, resume, as_json)

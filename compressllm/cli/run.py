@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compressllm.cli.arguments import AsJson, Out, Resume
-from compressllm.cli.output import print_json, results, say, show, warn
-from compressllm.cli.summary import print_summary
+from compressllm.cli.output import results, say
+from compressllm.cli.running import run_and_print
 
 
 def run(
@@ -24,7 +23,7 @@ def run(
 ) -> None:
     """Run a recipe."""
     from compressllm.stages.recipe import read_recipe
-    from compressllm.stages.runner import check_recipe, run_recipe
+    from compressllm.stages.runner import check_recipe
     from compressllm.stages.shipped import find_recipe
 
     resolved = read_recipe(find_recipe(recipe), set_ or ())
@@ -33,8 +32,4 @@ def run(
             say(line)
         results.print(resolved.to_yaml(), end="", markup=False, soft_wrap=True)
         return
-    manifest = run_recipe(resolved, Path(out), resume=resume, show=show, on_warning=warn)
-    if as_json:
-        print_json(manifest)
-    else:
-        print_summary(manifest, out)
+    run_and_print(resolved, out, resume, as_json)

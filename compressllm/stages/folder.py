@@ -77,8 +77,10 @@ class RunFolder:
         return stages[index] if index < len(stages) else None
 
     def stage_folder(self, index: int, name: str) -> Path:
-        """The folder of stage ``index``, made if need be."""
-        folder = self.path / f"{index + 1:02d}-{name}"
+        """The folder of unfinished stage ``index``: with what it can go on from, or else empty."""
+        folder = self._stage_path(index, name)
+        if folder.exists() and not (folder / JOURNAL).exists():
+            shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -86,7 +88,7 @@ class RunFolder:
         """Add a finished stage to the manifest."""
         self.manifest["stages"].append(entry)
         write_json(self.path / MANIFEST, self.manifest)
-        (self.stage_folder(len(self.manifest["stages"]) - 1, entry["stage"]) / JOURNAL).unlink(missing_ok=True)
+        (self._stage_path(len(self.manifest["stages"]) - 1, entry["stage"]) / JOURNAL).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Move the last stage's model to ``model`` and close the manifest."""
@@ -102,6 +104,9 @@ class RunFolder:
         """The model folder a finished stage left, wherever it has been moved since."""
         folder = self.path / str(entry["model"])
         return folder if folder.exists() else self.path / MODEL
+
+    def _stage_path(self, index: int, name: str) -> Path:
+        return self.path / f"{index + 1:02d}-{name}"
 
     def _begin(self, recipe: Recipe, source: str) -> dict[str, Any]:
         manifest = {
