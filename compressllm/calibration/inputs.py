@@ -138,21 +138,18 @@ def embed_windows(
             f"calibration token ids run from {int(windows.min())} to {int(windows.max())}, "
             f"the model's vocabulary has {vocabulary}; were they made with another tokenizer?"
         )
-    hidden: Activations | None = None
     calls: dict[int, list[Call]] = {}
     batches = torch.split(windows, batch_windows)
+    shown, _ = _record(model, blocks, batches[0][:1].to(device))  # for its dtype and hidden size
+    shapes = [(len(batch), *shown.shape[1:]) for batch in batches]
+    hidden = Activations(shapes, shown.dtype, memory_limit, spill_folder)
     for index, ids in enumerate(batches):
-        first, recorded = _record(model, blocks, ids.to(device))
-        if hidden is None:
-            shapes = [(len(batch), *first.shape[1:]) for batch in batches]
-            hidden = Activations(shapes, first.dtype, memory_limit, spill_folder)
-        hidden[index] = first
+        hidden[index], recorded = _record(model, blocks, ids.to(device))
         before = calls.setdefault(len(ids), recorded)
         if not all(mine.same_as(theirs) for mine, theirs in zip(before, recorded, strict=True)):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: calls its blocks differently for different text, which is not supported"
             )
-    assert hidden is not None  # there was a batch
     return BlockInputs(hidden, {size: [call.to(device) for call in made] for size, made in calls.items()}, device)
 
 
