@@ -29,13 +29,15 @@ def evaluate(
 ) -> None:
     """Measure perplexity under the papers' protocol, and hold it against a baseline."""
     from compressllm.core.run import Run
-    from compressllm.eval.gate import find_baseline, increase, parse_increase
+    from compressllm.eval.gate import find_baseline, increase, parse_increase, read_baseline
     from compressllm.eval.gate import write_baseline as save_baseline
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.evaluate import measure
     from compressllm.stages.recipe import make_config
 
     allowed = parse_increase(max_increase)
+    if baseline:
+        read_baseline(baseline)  # not after the work
     flags = given(source=data, seqlen=seqlen, windows=windows, dtype=dtype, device=device, backend=backend)
     config = make_config(EvalConfig, flags)
     measured: dict[str, Any] = measure(open_bundle(model), config, Run(show=show, on_warning=warn))

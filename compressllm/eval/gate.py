@@ -27,7 +27,7 @@ def parse_increase(text: str) -> float:
 
 def write_baseline(path: Path, measured: Mapping[str, Any]) -> None:
     """Put a measurement into a baseline file, in the place of an older one of the same text and settings."""
-    kept = [old for old in _read(path) if not _comparable(old, measured)] if path.exists() else []
+    kept = [old for old in read_baseline(path) if not _comparable(old, measured)] if path.exists() else []
     write_json(path, {"version": 1, "measurements": [*kept, dict(measured)]})
 
 
@@ -36,7 +36,7 @@ def find_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: FormatError if the file cannot be read; RecipeError if it has none that compares.
     """
-    known = _read(path)
+    known = read_baseline(path)
     for old in known:
         if _comparable(old, measured):
             return old
@@ -53,11 +53,8 @@ def increase(baseline: Mapping[str, Any], measured: Mapping[str, Any]) -> float:
     return float(measured["perplexity"]) / float(baseline["perplexity"]) - 1.0
 
 
-def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return all(old.get(key) == new.get(key) for key in _SAME)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_baseline(path: Path) -> list[dict[str, Any]]:
+    """The measurements in a baseline file. Raises FormatError if it is none."""
     try:
         measurements = json.loads(path.read_text())["measurements"]
         if not all(float(one["perplexity"]) > 0 for one in measurements):
@@ -67,3 +64,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise FormatError(f"{path}: cannot be read: {error.strerror}; make it with --write-baseline") from None
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path}: is not a baseline file ({error}); make it with --write-baseline") from None
+
+
+def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return all(old.get(key) == new.get(key) for key in _SAME)

@@ -13,7 +13,14 @@ from compressllm.core.pattern import SparsityPattern, parse_pattern
 
 FILE_NAME = "compressllm.json"
 
-Pattern = Annotated[Any, BeforeValidator(parse_pattern), PlainSerializer(str)]
+
+def _pattern(value: Any) -> Any:
+    if not isinstance(value, str | SparsityPattern):
+        raise ValueError(f"{value!r} is no pattern")
+    return parse_pattern(value)
+
+
+Pattern = Annotated[Any, BeforeValidator(_pattern), PlainSerializer(str)]
 
 
 class LinearFacts(BaseModel):

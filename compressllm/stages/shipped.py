@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import compressllm
@@ -10,9 +11,9 @@ from compressllm.core.registry import did_you_mean
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file. They lie in the package when installed, and beside it in a source checkout."""
-    package = Path(compressllm.__file__).parent
-    for folder in (package / "recipes", package.parent / "recipes"):
+    """Name -> file. They lie beside the package in a source checkout, and in the environment's data when installed."""
+    beside = Path(compressllm.__file__).parent.parent / "recipes"
+    for folder in (beside, Path(sys.prefix) / "share" / "compressllm" / "recipes"):
         if found := sorted(folder.glob("*.yaml")):
             return {path.stem: path for path in found}
     return {}
