@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.watch import InputWatch, Totals
 from compressllm.core.stats import InputStats, Need
-from compressllm.models.blocks import find_blocks, find_linears
+from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
 from compressllm.models.weights import Weights
 
 
@@ -90,7 +90,8 @@ def walk_blocks(
     """Yield the decoder blocks front to back; between two of them, send the windows through the changed block.
 
     Args:
-        model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time.
+        model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time. It is in
+            eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in.
         windows: (n, seqlen) token ids, or None for methods that look at no text: then nothing is computed.
         start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
 
@@ -100,6 +101,22 @@ def walk_blocks(
     blocks = find_blocks(model)
     if start == len(blocks.modules):
         return
+    training = model.training
+    model.eval()
+    try:
+        yield from _walk(model, blocks, windows, weights, options, start)
+    finally:
+        model.train(training)
+
+
+def _walk(
+    model: PreTrainedModel,
+    blocks: DecoderBlocks,
+    windows: Tensor | None,
+    weights: Weights,
+    options: WalkOptions,
+    start: int,
+) -> Iterator[Block]:
     inputs: BlockInputs | None = None
     if windows is not None:
         weights.load_outside_(blocks.prefix)

@@ -57,7 +57,7 @@ def _off_heap(bits: Tensor) -> Tensor:
     """A CPU copy in pages of its own.
 
     Small tensors that stay, made between large ones that go, split up the heap until it no longer has room for the
-    large ones: streaming a 1.3 GB model past its masks grew the process by 0.9 GB.
+    large ones: streaming a model past its masks would grow the process almost by the model's size.
     """
     pages = mmap.mmap(-1, max(1, bits.numel()))
     return torch.frombuffer(pages, dtype=torch.uint8)[: bits.numel()].view(bits.shape).copy_(bits)

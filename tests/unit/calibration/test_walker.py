@@ -334,3 +334,17 @@ def test_blocks_that_give_back_tuples_are_understood(llama: PreTrainedModel, win
 
     base.forward = forward
     assert_same_stats(collect(llama, windows), expected)
+
+
+def test_a_model_in_training_is_walked_without_dropout_and_left_in_training(build_model, windows: Tensor) -> None:
+    from transformers import OPTConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build_model(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.5))
+    assert model.config.dropout > 0
+    quiet = [block.collect(NEEDS) for block in walk_blocks(model, windows, LiveWeights(model))]
+    model.train()
+    for expected, block in zip(quiet, walk_blocks(model, windows, LiveWeights(model)), strict=True):
+        for name, stats in block.collect(NEEDS).items():
+            assert torch.equal(stats.sqnorm, expected[name].sqnorm), name
+    assert model.training
