@@ -32,12 +32,14 @@ class Block:
         name: Module path.
         module: The block.
         linears: Full module path -> prunable linear.
+        device: Where it runs.
     """
 
     index: int
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
+    device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
@@ -136,7 +138,7 @@ def _walk(
             continue
         weights.load_(name)
         if index >= start:
-            yield Block(index, name, module, find_linears(module, name), inputs)
+            yield Block(index, name, module, find_linears(module, name), options.device, inputs)
         if inputs is not None and index + 1 < len(blocks.modules):
             inputs.advance(module, name)
         weights.release_(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -32,10 +32,14 @@ class Pruned:
     Args:
         keep: (out, in) bool, True = kept.
         weight: (out, in) float32, +0.0 wherever ``keep`` is False.
+        notes: What the method has to say of this linear, as plain data for its row in the manifest.
+        fallback: What it did instead of what was asked for, in one line, or None; warned of and recorded.
     """
 
     keep: Tensor
     weight: Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    fallback: str | None = None
 
 
 class Pruner(Protocol):
@@ -45,8 +49,15 @@ class Pruner(Protocol):
     pattern says otherwise.
     """
 
-    needs: ClassVar[frozenset[Need]]
-    group: ClassVar[Group]
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Input statistics it reads."""
+        ...
+
+    @property
+    def group(self) -> Group:
+        """Where unstructured scores compete."""
+        ...
 
     def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
         """Prune an (out, in) float32 weight. Does not change its arguments."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from compressllm.core.errors import CalibrationError
+
+T = TypeVar("T")
 
 #: A statistic a method can ask for: per-input mean, variance and mean square, or the (in, in) second moment.
 Need = Literal["mean", "var", "sqnorm", "hessian"]
@@ -31,6 +34,20 @@ class InputStats:
     var: Tensor | None = None
     sqnorm: Tensor | None = None
     hessian: Tensor | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` computes from these statistics, computed once.
+
+        Linears that are called with the same tensor (q, k and v; gate and up) are given the same object, so that a
+        factor of their Hessian, say, is made once for all of them and lives as long as the statistics.
+
+        Args:
+            key: Names what is computed, every setting it depends on included.
+        """
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[no-any-return]
 
     def need(self, name: Need) -> Tensor:
         """The statistic ``name``.

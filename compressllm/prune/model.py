@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressllm.calibration.walker import WalkOptions, walk_blocks
+from compressllm.calibration.walker import Block, WalkOptions, walk_blocks
 from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.protocols import PRUNERS, Pruned
+from compressllm.core.protocols import PRUNERS, Pruned, Pruner
 from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
-from compressllm.models.record import FolderRecord, LiveRecord, Record
+from compressllm.models.record import FolderRecord, LiveRecord, Record, Rows
+from compressllm.models.weights import Weights
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.plan import make_plan
 
@@ -43,18 +45,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     ids = windows.ids if windows else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
-        planned = [name for name in block.linears if name in plan]
-        for name in planned:
-            _check_finite(name, record.weights.read(f"{name}.weight"))  # or the activations would be blamed
-        stats = block.collect(pruner.needs)
-        masks, rows = {}, []
-        for name in planned:
-            weight = record.weights.read(f"{name}.weight").to(device, torch.float32)
-            with torch.inference_mode():
-                pruned = pruner.prune(weight, stats[name], plan[name])
-            masks[name] = pruned.keep
-            rows.append(_row(name, weight, pruned, stats[name], plan[name]))
-            record.weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
+        masks, rows = _prune_block(block, pruner, plan, record.weights, run)
         record.finish(block.name, masks, rows)
 
     pruned_bundle = record.close()
@@ -70,6 +61,28 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         resumed_at_block=record.done or None,
     )
     return pruned_bundle
+
+
+def _prune_block(
+    block: Block, pruner: Pruner, plan: Mapping[str, SparsityPattern], weights: Weights, run: Run
+) -> tuple[dict[str, Tensor], Rows]:
+    """Prune the planned linears of a block, in place; their masks, and a row of facts for each."""
+    planned = [name for name in block.linears if name in plan]
+    for name in planned:
+        _check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
+    stats = block.collect(pruner.needs)
+    masks, rows = {}, []
+    for name in planned:
+        seen = stats.pop(name)  # an input's statistics are freed with the last linear that has it
+        weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
+        with torch.inference_mode():
+            pruned = pruner.prune(weight, seen, plan[name])
+        if pruned.fallback:
+            run.warn(f"{name}: {pruned.fallback}")
+        masks[name] = pruned.keep
+        rows.append(_row(name, weight, pruned, seen, plan[name]))
+        weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
+    return masks, rows
 
 
 def _compute(bundle: Bundle, config: PruneConfig) -> tuple[torch.device, torch.dtype]:
@@ -131,6 +144,8 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
         "sparsity": 1.0 - int(pruned.keep.count_nonzero()) / pruned.keep.numel(),
         "tokens": stats.tokens,
         "error": relative_error(weight, pruned.weight, stats),
+        **pruned.notes,
+        **({"fallback": pruned.fallback} if pruned.fallback else {}),
     }
 
 
