@@ -76,9 +76,9 @@ class BlockInputs:
         self._hidden, self._calls, self._device = hidden, calls, device
         self._block = 0
 
-    def each_batch(self, work: Callable[[int], R]) -> Iterator[R]:
+    def each_batch(self, work: Callable[[int], R], *, rounds: bool = False) -> Iterator[R]:
         """Yield what ``work`` makes of every batch, in order; see `map_batches`."""
-        return map_batches(work, len(self._hidden), self._device)
+        return map_batches(work, len(self._hidden), self._device, rounds=rounds)
 
     def forward(self, module: nn.Module, name: str, batch: int) -> Tensor | None:
         """The current block's output for one batch, or None if something in it raised `Enough`.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.calibration.inputs import BlockInputs, embed_windows
-from compressllm.calibration.watch import InputWatch, Totals
+from compressllm.calibration.watch import InputWatch, Seen
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
 from compressllm.models.weights import Weights
@@ -52,11 +52,11 @@ class Block:
         inputs = self._inputs
         with InputWatch(self.linears, needs) as watch:
 
-            def measure(batch: int) -> Totals:
+            def measure(batch: int) -> Seen:
                 return watch.measure(lambda: inputs.forward(self.module, self.name, batch))
 
-            for totals in inputs.each_batch(measure):
-                watch.merge_(totals)
+            for seen in inputs.each_batch(measure, rounds="hessian" in needs):  # products take all cores
+                watch.merge_(seen)
         return watch.finish()
 
 

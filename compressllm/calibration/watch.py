@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +14,19 @@ from torch import Tensor, nn
 from compressllm.calibration.inputs import Enough
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
-#: What one forward pass adds to the statistics: linear name -> its own accumulator.
-Totals = dict[str, StatsAccumulator]
+
+@dataclass
+class Seen:
+    """What one forward pass adds to the statistics.
+
+    Args:
+        totals: Linear name -> its own accumulator, of everything but the Hessian.
+        inputs: Linear name -> (tokens, in) inputs that are to be counted into its Hessian. Whoever merges passes
+            multiplies them out, so that there is one Hessian of each input and not one a pass.
+    """
+
+    totals: dict[str, StatsAccumulator] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class InputWatch:
@@ -33,7 +45,7 @@ class InputWatch:
         self._linears, self._needs = linears, needs
         self._leader: dict[str, str] | None = None  # linear -> the first that was called with the same tensor
         self._last: str | None = None
-        self._stats: Totals = {}
+        self._stats: dict[str, StatsAccumulator] = {}
         self._pass = threading.local()
         self._handles: list[Any] = []
 
@@ -48,27 +60,33 @@ class InputWatch:
         for handle in self._handles:
             handle.remove()
 
-    def measure(self, forward: Callable[[], object]) -> Totals:
-        """The statistics of one forward pass, run in this thread."""
-        totals: Totals = {}
+    def measure(self, forward: Callable[[], object]) -> Seen:
+        """What one forward pass has seen, run in this thread."""
+        seen = Seen()
         # Tensors are held until the pass is over, so that none can be mistaken for another in its old place.
-        seen: list[tuple[str, Tensor]] = []
-        self._pass.totals, self._pass.seen = totals, seen
+        calls: list[tuple[str, Tensor]] = []
+        self._pass.seen, self._pass.calls = seen, calls
         forward()
         if self._leader is None:
             self._leader = {}
-            for name, tensor in seen:
-                self._leader.setdefault(name, next(first for first, other in seen if other is tensor))
-            if Counter(name for name, _ in seen) == Counter(self._linears.keys()):
-                self._last = seen[-1][0]
-            totals = {name: stats for name, stats in totals.items() if self._leader[name] == name}
-        self._pass.totals, self._pass.seen = {}, []
-        return totals
+            for name, tensor in calls:
+                self._leader.setdefault(name, next(first for first, other in calls if other is tensor))
+            if Counter(name for name, _ in calls) == Counter(self._linears.keys()):
+                self._last = calls[-1][0]
+            for name, leader in self._leader.items():
+                if name != leader:
+                    seen.totals.pop(name, None)
+                    seen.inputs.pop(name, None)
+        self._pass.seen, self._pass.calls = Seen(), []
+        return seen
 
-    def merge_(self, totals: Totals) -> None:
-        """Count one pass's statistics."""
-        for name, one in totals.items():
-            self._stats.setdefault(name, StatsAccumulator(self._needs)).merge_(one)
+    def merge_(self, seen: Seen) -> None:
+        """Count one pass."""
+        for name, totals in seen.totals.items():
+            stats = self._stats.setdefault(name, StatsAccumulator(self._needs))
+            stats.merge_(totals)
+            for x in seen.inputs.get(name, ()):
+                stats.add_gram_(x)
 
     def finish(self) -> dict[str, InputStats]:
         """The statistics of every linear.
@@ -76,19 +94,22 @@ class InputWatch:
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         unseen = StatsAccumulator(self._needs)
-        done: dict[str, InputStats] = {}
+        of_leader: dict[str, InputStats] = {}
         for name in self._linears:
             leader = (self._leader or {}).get(name, name)
-            done[name] = done[leader] if leader in done else self._stats.get(leader, unseen).finish(name)
-        return done
+            if leader not in of_leader:
+                of_leader[leader] = self._stats.get(leader, unseen).finish(name)
+        return {name: of_leader[(self._leader or {}).get(name, name)] for name in self._linears}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0]
+            inputs, seen = args[0], self._pass.seen
             if self._leader is None:
-                self._pass.seen.append((name, inputs))
+                self._pass.calls.append((name, inputs))
             if self._leader is None or self._leader.get(name, name) == name:
-                self._pass.totals.setdefault(name, StatsAccumulator(self._needs)).add_(inputs)
+                seen.totals.setdefault(name, StatsAccumulator(self._needs - {"hessian"})).add_(inputs)
+                if "hessian" in self._needs:
+                    seen.inputs.setdefault(name, []).append(inputs.reshape(-1, inputs.shape[-1]))
             if name == self._last:
                 raise Enough
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ import torch
 R = TypeVar("R")
 
 
-def map_batches(work: Callable[[int], R], batches: int, device: torch.device) -> Iterator[R]:
+def map_batches(work: Callable[[int], R], batches: int, device: torch.device, *, rounds: bool = False) -> Iterator[R]:
     """Yield ``work(0), work(1), …`` in order.
 
     On a CPU as many batches run at once as torch has threads, each with its operators on one thread. That keeps all
@@ -22,6 +22,7 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device) ->
 
     Args:
         work: Must not depend on the order of batches after the first. Runs in other threads.
+        rounds: Nothing runs while a result is in the caller's hands, who may then use all cores.
     """
     if device.type != "cpu":
         yield from map(work, range(batches))
@@ -32,11 +33,18 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device) ->
         try:
             for batch in range(batches):
                 waiting.append(pool.submit(work, batch))
-                if batch == 0 or len(waiting) > workers:  # results wait in memory, so only a few may
+                if rounds and (batch == 0 or len(waiting) == workers):
+                    wait(waiting)
+                    yield from _drain(waiting)
+                elif batch == 0 or len(waiting) > workers:  # results wait in memory, so only a few may
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from _drain(waiting)
         finally:
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(workers)  # the workers' setting is the default of threads begun later
+
+
+def _drain(waiting: deque[Future[R]]) -> Iterator[R]:
+    while waiting:
+        yield waiting.popleft().result()

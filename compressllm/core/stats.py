@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm.core.errors import CalibrationError
+from compressllm.core.gram import add_gram_, mirror_
 
 T = TypeVar("T")
 
@@ -69,7 +70,8 @@ class StatsAccumulator:
     Args:
         needs: What to collect.
         tokens: Tokens counted so far.
-        totals: Statistic -> its sum over tokens; for ``var``, the sum of squared deviations from the mean so far.
+        totals: Statistic -> its sum over tokens; for ``var``, the sum of squared deviations from the mean so far; of
+            ``hessian``, the lower triangle.
     """
 
     needs: frozenset[Need]
@@ -84,12 +86,18 @@ class StatsAccumulator:
             batch.totals["mean"] = x.sum(0)
         if "var" in self.needs and batch.tokens:
             batch.totals["var"] = (x - batch.totals["mean"] / batch.tokens).square_().sum(0)
-        if "hessian" in self.needs:
-            batch.totals["hessian"] = x.T @ x
         if "sqnorm" in self.needs:
-            gram = batch.totals.get("hessian")
-            batch.totals["sqnorm"] = gram.diagonal().clone() if gram is not None else x.square().sum(0)
+            batch.totals["sqnorm"] = x.square().sum(0)
+        if "hessian" in self.needs:
+            batch.totals["hessian"] = x.new_zeros(x.shape[1], x.shape[1])
+            add_gram_(batch.totals["hessian"], x)
         self.merge_(batch)
+
+    def add_gram_(self, x: Tensor) -> None:
+        """Count (tokens, in) inputs into the Hessian alone; their number, and the rest, come by `merge_`."""
+        if "hessian" not in self.totals:
+            self.totals["hessian"] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        add_gram_(self.totals["hessian"], x.float())
 
     def merge_(self, other: StatsAccumulator) -> None:
         """Count everything ``other`` has seen. Changes this accumulator only."""
@@ -102,12 +110,12 @@ class StatsAccumulator:
         if "var" in self.needs:  # Chan's rule: the spread between the two means counts too
             apart = other.totals["mean"] / other.tokens - self.totals["mean"] / self.tokens
             self.totals["var"].add_(apart.square_(), alpha=self.tokens * other.tokens / (self.tokens + other.tokens))
-        for name, total in self.totals.items():
-            total.add_(other.totals[name])
+        for name, total in other.totals.items():
+            self.totals[name].add_(total)
         self.tokens += other.tokens
 
     def finish(self, name: str) -> InputStats:
-        """The means so far.
+        """The means. Ends the accumulator: its memory becomes theirs.
 
         Raises: CalibrationError naming the linear if it saw no token or a value that is not finite.
         """
@@ -118,5 +126,8 @@ class StatsAccumulator:
                 raise CalibrationError(
                     f"{name}: input activations are not finite; check the checkpoint, or calibrate with --dtype float32"
                 )
-        means = {stat: total / self.tokens for stat, total in self.totals.items()}
-        return InputStats(self.tokens, **means)
+        totals, self.totals = self.totals, {}
+        with torch.inference_mode():  # totals may have been made in it, and could not be changed outside
+            if "hessian" in totals:
+                mirror_(totals["hessian"])
+            return InputStats(self.tokens, **{stat: total.div_(self.tokens) for stat, total in totals.items()})

@@ -77,3 +77,17 @@ def test_an_error_comes_where_its_result_would_and_ends_the_work(two_threads: No
 def test_elsewhere_than_on_a_cpu_batches_go_one_by_one_in_this_thread(two_threads: None) -> None:
     threads = set(map_batches(lambda batch: threading.get_ident(), 4, torch.device("meta")))
     assert threads == {threading.get_ident()}
+
+
+def test_in_rounds_nothing_runs_while_a_result_is_with_the_caller(two_threads: None) -> None:
+    running, seen = threading.Semaphore(2), []
+
+    def work(batch: int) -> int:
+        with running:
+            time.sleep(0.01)
+        return batch
+
+    for result in map_batches(work, 6, CPU, rounds=True):
+        assert running._value == 2
+        seen.append(result)
+    assert seen == list(range(6))
