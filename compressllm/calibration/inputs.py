@@ -70,10 +70,14 @@ class BlockInputs:
         calls: Windows in a batch -> the call of each block. Windows are of one length and unpadded, so what a
             block is called with does not depend on their content.
         device: Where blocks run.
+        memory_limit: Bytes of activations to be held in memory at most.
     """
 
-    def __init__(self, hidden: Activations, calls: dict[int, list[Call]], device: torch.device) -> None:
+    def __init__(
+        self, hidden: Activations, calls: dict[int, list[Call]], device: torch.device, memory_limit: int
+    ) -> None:
         self._hidden, self._calls, self._device = hidden, calls, device
+        self._memory_limit = memory_limit
         self._block = 0
 
     def each_batch(self, work: Callable[[int], R], *, rounds: bool = False) -> Iterator[R]:
@@ -102,11 +106,39 @@ class BlockInputs:
         def replace(batch: int) -> None:
             out = self.forward(module, name, batch)
             if out is not None:
-                self._hidden[batch] = out
+                self.put(batch, out)
 
         for _ in self.each_batch(replace):
             pass
+        self.next_block()
+
+    def put(self, batch: int, out: Tensor) -> None:
+        """Let the current block's output for one batch take the place of its input."""
+        self._hidden[batch] = out
+
+    def next_block(self) -> None:
+        """All batches hold the current block's outputs: the next block is the current one."""
         self._block += 1
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._hidden)
+
+    def check_room(self, widest: int) -> None:
+        """Find out whether all batches may be within a block at once.
+
+        Args:
+            widest: The most inputs that a linear of the block has.
+
+        Raises: CalibrationError if not.
+        """
+        # On its way a batch holds the residual stream, up to three projections as wide, or one inner activation.
+        needed = int(self._hidden.bytes * (3 + widest / self._hidden[0].shape[-1]))
+        if needed > self._memory_limit:
+            raise CalibrationError(
+                f"order sequential holds about {needed / 1e9:.1f} GB of activations, {self._memory_limit / 1e9:.1f} GB "
+                "are allowed; raise activation_memory_gb, give fewer or shorter windows, or use order parallel"
+            )
 
 
 def embed_windows(
@@ -150,7 +182,8 @@ def embed_windows(
             raise UnsupportedModelError(
                 f"{type(model).__name__}: calls its blocks differently for different text, which is not supported"
             )
-    return BlockInputs(hidden, {size: [call.to(device) for call in made] for size, made in calls.items()}, device)
+    on_device = {size: [call.to(device) for call in made] for size, made in calls.items()}
+    return BlockInputs(hidden, on_device, device, memory_limit)
 
 
 class _Echo(Tensor):

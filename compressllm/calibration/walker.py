@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.calibration.inputs import BlockInputs, embed_windows
+from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
+from compressllm.core.errors import UnsupportedModelError
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
 from compressllm.models.weights import Weights
@@ -41,6 +43,8 @@ class Block:
     linears: dict[str, nn.Linear]
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
+    stepped: bool = False
+    """Whether the windows have gone through the changed block already."""
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
@@ -58,6 +62,36 @@ class Block:
             for seen in inputs.each_batch(measure, rounds="hessian" in needs):  # products take all cores
                 watch.merge_(seen)
         return watch.finish()
+
+    def collect_in_turn(self, needs: frozenset[Need]) -> Iterator[dict[str, InputStats]]:
+        """Statistics of one group of linears after another, each to be changed before the next is asked for.
+
+        One forward pass serves all of it, and the windows on their way to the next block too; see `step_through`.
+        Ask for all groups. Changing the block once more afterwards wants `stepped` set back to False.
+
+        Raises: UnsupportedModelError if the block does not call each of its linears once for all tokens;
+            CalibrationError as `collect`, and if the windows do not fit into memory so.
+        """
+        inputs = self._inputs
+        if not needs or inputs is None:
+            yield dict.fromkeys(self.linears, InputStats(tokens=0))
+            return
+        with InputWatch(self.linears, frozenset({"sqnorm"})) as watch:
+            first = watch.measure(lambda: inputs.forward(self.module, self.name, 0))
+            groups = watch.groups()
+        if groups is None:
+            raise UnsupportedModelError(
+                f"{self.name}: does not call each of its linears once in a forward pass; use order parallel"
+            )
+        widest = max(totals.totals["sqnorm"].shape[0] for totals in first.totals.values())
+        inputs.check_room(widest)
+
+        def forward(batch: int) -> None:
+            if (out := inputs.forward(self.module, self.name, batch)) is not None:
+                inputs.put(batch, out)
+
+        yield from step_through(self.linears, groups, needs, forward, len(inputs))
+        self.stepped = True
 
 
 @dataclass(frozen=True)
@@ -137,8 +171,11 @@ def _walk(
         if index < start and inputs is None:
             continue
         weights.load_(name)
+        block = Block(index, name, module, find_linears(module, name), options.device, inputs)
         if index >= start:
-            yield Block(index, name, module, find_linears(module, name), options.device, inputs)
-        if inputs is not None and index + 1 < len(blocks.modules):
+            yield block
+        if inputs is not None and block.stepped:
+            inputs.next_block()
+        elif inputs is not None and index + 1 < len(blocks.modules):
             inputs.advance(module, name)
         weights.release_(name)

@@ -88,6 +88,17 @@ class InputWatch:
             for x in seen.inputs.get(name, ()):
                 stats.add_gram_(x)
 
+    def groups(self) -> list[list[str]] | None:
+        """Linears that are called with the same tensor, in the order of the first calls; None if the first pass did
+        not call every linear exactly once, or has not been run.
+        """
+        if self._leader is None or self._last is None:
+            return None
+        grouped: dict[str, list[str]] = {}
+        for name, leader in self._leader.items():
+            grouped.setdefault(leader, []).append(name)
+        return list(grouped.values())
+
     def finish(self) -> dict[str, InputStats]:
         """The statistics of every linear.
 

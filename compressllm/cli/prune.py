@@ -21,6 +21,7 @@ def prune(
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
     seed: Seed = 0,
     skip: Annotated[list[str] | None, flag(PruneConfig, "skip", "May be repeated.")] = None,
+    order: Annotated[str | None, flag(PruneConfig, "order")] = None,
     dtype: DType = None,
     device: Device = None,
     resume: Resume = True,
@@ -29,7 +30,7 @@ def prune(
     """Prune a checkpoint in one shot. The pruned model is OUT/model."""
     from compressllm.stages.recipe import make_recipe, method_spec
 
-    settings = given(method=method_spec(method), pattern=pattern, skip=skip, dtype=dtype, device=device)
+    settings = given(method=method_spec(method), pattern=pattern, skip=skip, order=order, dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
     run_and_print(recipe, out, resume, as_json)

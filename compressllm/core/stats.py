@@ -81,17 +81,16 @@ class StatsAccumulator:
     def add_(self, inputs: Tensor) -> None:
         """Count a batch of inputs: (..., in), any float dtype. Every row is one token."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        batch = StatsAccumulator(self.needs, tokens=x.shape[0])
+        batch = StatsAccumulator(self.needs - {"hessian"}, tokens=x.shape[0])
         if self.needs & {"mean", "var"}:
             batch.totals["mean"] = x.sum(0)
         if "var" in self.needs and batch.tokens:
             batch.totals["var"] = (x - batch.totals["mean"] / batch.tokens).square_().sum(0)
         if "sqnorm" in self.needs:
             batch.totals["sqnorm"] = x.square().sum(0)
-        if "hessian" in self.needs:
-            batch.totals["hessian"] = x.new_zeros(x.shape[1], x.shape[1])
-            add_gram_(batch.totals["hessian"], x)
         self.merge_(batch)
+        if "hessian" in self.needs and batch.tokens:
+            self.add_gram_(x)
 
     def add_gram_(self, x: Tensor) -> None:
         """Count (tokens, in) inputs into the Hessian alone; their number, and the rest, come by `merge_`."""

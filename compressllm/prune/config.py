@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from compressllm.calibration.config import CalibrationConfig
@@ -21,6 +23,8 @@ class PruneConfig(Config):
     """Globs of linears to leave dense, as in '*.o_proj' or 'model.layers.0.*'."""
     calibration: CalibrationConfig = CalibrationConfig()
     """Text the method looks at, if it looks at any."""
+    order: Literal["parallel", "sequential"] = "parallel"
+    """Whether a block's linears are calibrated on its dense siblings, or in turn on those pruned before them."""
     dtype: Dtype = "auto"
     """Dtype of the forward passes; what is stored keeps its own. A model already in memory keeps its dtype."""
     device: Device = "auto"

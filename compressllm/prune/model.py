@@ -45,7 +45,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     ids = windows.ids if windows else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
-        masks, rows = _prune_block(block, pruner, plan, record.weights, run)
+        masks, rows = _prune_block(block, pruner, plan, config.order, record.weights, run)
         record.finish(block.name, masks, rows)
 
     pruned_bundle = record.close()
@@ -64,25 +64,26 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
 
 
 def _prune_block(
-    block: Block, pruner: Pruner, plan: Mapping[str, SparsityPattern], weights: Weights, run: Run
+    block: Block, pruner: Pruner, plan: Mapping[str, SparsityPattern], order: str, weights: Weights, run: Run
 ) -> tuple[dict[str, Tensor], Rows]:
     """Prune the planned linears of a block, in place; their masks, and a row of facts for each."""
     planned = [name for name in block.linears if name in plan]
     for name in planned:
         _check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
-    stats = block.collect(pruner.needs)
-    masks, rows = {}, []
-    for name in planned:
-        seen = stats.pop(name)  # an input's statistics are freed with the last linear that has it
-        weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
-        with torch.inference_mode():
-            pruned = pruner.prune(weight, seen, plan[name])
-        if pruned.fallback:
-            run.warn(f"{name}: {pruned.fallback}")
-        masks[name] = pruned.keep
-        rows.append(_row(name, weight, pruned, seen, plan[name]))
-        weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
-    return masks, rows
+    masks, rows = {}, {}
+    in_turn = order == "sequential"
+    for stats in block.collect_in_turn(pruner.needs) if in_turn else (block.collect(pruner.needs),):
+        for name in [name for name in planned if name in stats]:
+            seen = stats.pop(name)  # an input's statistics are freed with the last linear that has it
+            weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
+            with torch.inference_mode():
+                pruned = pruner.prune(weight, seen, plan[name])
+            if pruned.fallback:
+                run.warn(f"{name}: {pruned.fallback}")
+            masks[name] = pruned.keep
+            rows[name] = _row(name, weight, pruned, seen, plan[name])
+            weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
+    return masks, [rows[name] for name in planned]
 
 
 def _compute(bundle: Bundle, config: PruneConfig) -> tuple[torch.device, torch.dtype]:

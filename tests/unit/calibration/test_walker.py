@@ -1,3 +1,5 @@
+import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -348,3 +350,70 @@ def test_a_model_in_training_is_walked_without_dropout_and_left_in_training(buil
         for name, stats in block.collect(NEEDS).items():
             assert torch.equal(stats.sqnorm, expected[name].sqnorm), name
     assert model.training
+
+
+def turn_through(
+    model: PreTrainedModel, windows: Tensor, options: WalkOptions = RAGGED, change: Callable[[str], object] = id
+) -> tuple[Stats, list[list[str]]]:
+    """Statistics collected group by group, each linear changed after it was seen, and the groups."""
+    stats: Stats = {}
+    groups: list[list[str]] = []
+    for block in walk_blocks(model, windows, LiveWeights(model), options):
+        for group in block.collect_in_turn(NEEDS):
+            stats |= group
+            groups.append(list(group))
+            for name in group:
+                change(name)
+    return stats, groups
+
+
+def test_groups_in_turn_see_the_same_as_all_at_once_if_nothing_changes(
+    decoder: PreTrainedModel, windows: Tensor
+) -> None:
+    expected = collect(decoder, windows)
+    assert_same_stats(turn_through(decoder, windows)[0], expected)
+
+
+def test_linears_that_are_called_with_one_tensor_have_one_turn(llama: PreTrainedModel, windows: Tensor) -> None:
+    _, groups = turn_through(llama, windows)
+    short = [[name.rsplit(".", 1)[1] for name in group] for group in groups]
+    assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 3
+
+
+def test_groups_in_turn_see_what_the_changed_ones_before_them_put_out(
+    decoder: PreTrainedModel, windows: Tensor
+) -> None:
+    stats, _ = turn_through(
+        decoder, windows, change=lambda name: decoder.get_parameter(f"{name}.weight").data.mul_(0.9)
+    )
+    # Every linear's inputs depend on changed weights only, so the changed model run as a whole sees the same.
+    for name, seen in plain_forward(decoder, windows, dict(all_linears(decoder))).items():
+        x = torch.cat([one.flatten(0, -2) for one in seen])
+        torch.testing.assert_close(stats[name].need("sqnorm"), x.square().mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_walk_in_turn_leaves_no_thread_and_no_hook_behind(llama: PreTrainedModel, windows: Tensor) -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        turn_through(llama, windows, change=lambda name: 1 // 0)
+    gc.collect()
+    assert threading.active_count() == before
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_an_error_within_a_pass_in_turn_is_the_callers(llama: PreTrainedModel, windows: Tensor) -> None:
+    calls = iter(range(100))
+
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if next(calls) < 2 else x.view(1, -1) @ x.view(1, -1)
+
+    llama.model.layers[1].mlp.act_fn = Breaks()
+    with pytest.raises(RuntimeError, match="shape"):
+        turn_through(llama, windows)
+
+
+def test_windows_that_do_not_fit_in_turn_are_refused(llama: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    options = WalkOptions(batch_tokens=48, memory_limit=1000, spill_folder=tmp_path)
+    with pytest.raises(CalibrationError, match="order sequential holds about"):
+        turn_through(llama, windows, options)

@@ -111,12 +111,13 @@ def test_wanda_is_the_papers_loop(
         assert all(torch.equal(weights[name], tensor) for name, tensor in slow.state_dict().items())
 
 
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda"])
 def test_live_and_streamed_are_the_same_for_every_architecture(
-    decoder: PreTrainedModel, ids: str, tmp_path: Path, method: str
+    decoder: PreTrainedModel, ids: str, tmp_path: Path, method: str, order: str
 ) -> None:
     decoder.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    config = settings(ids, method, dtype="bfloat16")
+    config = settings(ids, method, dtype="bfloat16", order=order)
     run = Run()
     live = prune_model(Bundle(load_model(tmp_path / "dense")), config, run)
     streamed, streamed_run = prune_folder(tmp_path / "dense", config, tmp_path / "out")
@@ -195,7 +196,10 @@ def test_the_seed_of_the_run_reaches_the_method(llama: PreTrainedModel, ids: str
     assert sha256(0, "wanda") == sha256(1, "wanda")  # token ids are used as given
 
 
-def test_the_number_of_threads_changes_nothing(build_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
+def test_the_number_of_threads_changes_nothing(
+    build_model: Callable[..., PreTrainedModel], tmp_path: Path, order: str
+) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     np.save(tmp_path / "ids.npy", torch.randint(3, 64, (32, 128), generator=torch.Generator().manual_seed(0)).numpy())
     found = []
@@ -203,7 +207,7 @@ def test_the_number_of_threads_changes_nothing(build_model: Callable[..., PreTra
         torch.set_num_threads(threads)
         try:
             model = build_model(LlamaConfig(vocab_size=64, pad_token_id=0, **shape))
-            found.append(prune_model(Bundle(model), settings(str(tmp_path / "ids.npy"))).masks.sha256())
+            found.append(prune_model(Bundle(model), settings(str(tmp_path / "ids.npy"), order=order)).masks.sha256())
         finally:
             torch.set_num_threads(1)
     assert found[0] == found[1]
@@ -349,12 +353,12 @@ def stop_after(blocks: int) -> Callable[[Iterable[Any], int, str], Iterable[Any]
     return show
 
 
-@pytest.mark.parametrize("method", ["random", "wanda"])
+@pytest.mark.parametrize(("method", "order"), [("random", "parallel"), ("wanda", "parallel"), ("wanda", "sequential")])
 @pytest.mark.parametrize("stops", [[0], [1], [2], [1, 1], [0, 2, 0]], ids=str)
 def test_a_stopped_call_resumes_to_the_same_bytes(
-    folder: Path, ids: str, tmp_path: Path, method: str, stops: list[int]
+    folder: Path, ids: str, tmp_path: Path, method: str, order: str, stops: list[int]
 ) -> None:
-    config = settings(ids, method, pattern="0.5/row", skip=("*.1.mlp.*",))
+    config = settings(ids, method, pattern="0.5/row", skip=("*.1.mlp.*",), order=order)
     _, expected = prune_folder(folder, config, tmp_path / "whole")
     for stop in stops:
         with pytest.raises(KilledError):
