@@ -67,7 +67,7 @@ def reference(
 ) -> dict[str, Any]:
     """One run of the authors' code, which saves its model too."""
     result, saved = scratch / "reference.json", scratch / "reference"
-    command = [options.reference_python, str(HERE / "reference_wanda.py"), "--repo", str(options.reference)]
+    command = [options.reference_python, str(HERE / "reference.py"), "--repo", str(options.reference)]
     command += ["--model", str(model), "--ids", str(ids), "--method", method, "--dtype", dtype]
     seconds, peak, _ = run_process([*command, "--out", str(result), "--save-model", str(saved)])
     facts = json.loads(result.read_text())

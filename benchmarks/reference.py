@@ -1,18 +1,20 @@
-"""Time the Wanda authors' own pruning code on a CPU and keep its masks.
+"""Time other authors' own pruning code on a CPU and keep its masks and its model.
 
-Run this with a Python that has what that code needs: torch, numpy, datasets, accelerate and a
+Run this with a Python that has what that code needs: torch, numpy, scipy, pandas, datasets, accelerate and a
 transformers of the time, such as 4.41.2. It must be a release whose decoder blocks turn
 `position_ids` into rotary embeddings themselves and return a tuple: the code calls a block with
 `attention_mask` and `position_ids` alone and takes element 0 of the answer. Nothing of compressllm
 is imported.
 
-The functions in `lib/prune.py` run as they are. Three things around them are set: the data loader
-returns the given token ids, the model is on the CPU, and `Tensor.cuda` does nothing.
+The authors' functions run as they are. Around them is set: the data loader returns the given token ids, the model
+is on the CPU, and moving a tensor to a GPU or waiting for one does nothing. `--repo` is a clone of
 
-    python benchmarks/reference_wanda.py --repo WANDA --model FOLDER --ids ids.npy --out result.json
+    magnitude, wanda, sparsegpt   https://github.com/locuslab/wanda (which carries SparseGPT's solver)
+    ria                           https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning
+    dsnot                         https://github.com/zyxxmu/DSnoT
+    alps                          https://github.com/mazumder-lab/ALPS
 
-Source: https://github.com/locuslab/wanda, Sun et al., A Simple and Effective Pruning Approach for
-Large Language Models, ICLR 2024.
+    python benchmarks/reference.py --repo WANDA --model FOLDER --ids ids.npy --method sparsegpt --out result.json
 """
 
 from __future__ import annotations
@@ -129,15 +131,58 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     return model
 
 
-def load_reference(repo: Path, ids: np.ndarray) -> ModuleType:
-    """Import the authors' `lib.prune`, its data loader replaced by the given (windows, tokens) ids."""
-    sys.path.insert(0, str(repo.resolve()))
-    prune = importlib.import_module("lib.prune")
-    windows = [(row[None], row[None]) for row in torch.from_numpy(ids)]  # (input, unused target)
-    prune.get_loaders = lambda *_, **__: (windows, None)  # type: ignore[attr-defined]
-    # Unstructured magnitude sorts on the GPU; sending that to the CPU is the only change it needs.
+def stay_on_cpu() -> None:
+    """Make moves to a GPU, and waits for one, do nothing. Changes torch."""
+    to = Tensor.to
+
+    def move(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], str | torch.device) and str(args[0]).startswith("cuda"):
+            args = args[1:]
+        return to(self, *args, **kwargs) if args or kwargs else self
+
+    Tensor.to = move  # type: ignore[method-assign, assignment]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    return prune
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+
+
+#: What the authors' scripts take from their command lines by default, where it bears on pruning.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "wanda": {"use_variant": False},
+    "sparsegpt": {},
+    "ria": {
+        "prune_method": "ria", "model": "llama", "calib_dataset": "c4", "a": 0.5, "reconstruction": False,
+        "reallocation": False, "lsa": False, "gptq": False, "per_outneuron": False, "semi_sparse_acc": False,
+    },
+    "dsnot": {
+        "initial_method": "wanda", "pow_of_var_regrowing": 1.0, "max_cycle_time": 50, "update_threshold": 0.1,
+        "without_DSnoT": False, "without_same_sign": True, "skip_layer": "mlp", "skip_sub_layer": "no_skip",
+        "get_time_overhead": False,
+    },
+    "alps": {"method": "ALPS"},
+}  # fmt: skip
+
+
+def load_reference(repo: Path, ids: np.ndarray, method: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The authors' module, its data loader replaced by the given (windows, tokens) ids, and the call that prunes."""
+    sys.path.insert(0, str(repo.resolve()))
+    stay_on_cpu()
+    windows = [(row[None], row[None]) for row in torch.from_numpy(ids)]  # (input, unused target)
+    if method == "alps":
+        module = importlib.import_module("llama")
+        importlib.import_module("alps").dev = "cpu"  # type: ignore[attr-defined]
+
+        def call(args: argparse.Namespace, model: Any, *_: Any, prune_n: int, prune_m: int) -> None:
+            # It counts the weights that stay, and reads its settings from the module.
+            kept = prune_m - prune_n
+            module.args = argparse.Namespace(**vars(args), sp=args.sparsity_ratio, nm_n=kept, nm_m=prune_m)  # type: ignore[attr-defined]
+            with torch.no_grad():
+                module.llama_sequential(model, windows, "cpu", nsamples=args.nsamples)
+
+        return module, call
+    module = importlib.import_module("lib.prune")
+    module.get_loaders = lambda *_, **__: (windows, None)  # type: ignore[attr-defined]
+    return module, getattr(module, {"dsnot": "prune_DSnoT"}.get(method, f"prune_{method}"))
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -207,10 +252,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     zeros_before = count_zeros(model)
     model.seqlen = ids.shape[1]
-    prune = load_reference(options.repo, ids)
-    watch = watch_parts(prune, model) if options.breakdown else None
-    arguments = argparse.Namespace(nsamples=len(ids), seed=0, sparsity_ratio=pattern.sparsity, use_variant=False)
-    method = {"wanda": prune.prune_wanda, "magnitude": prune.prune_magnitude}[options.method]
+    module, method = load_reference(options.repo, ids, options.method)
+    watch = watch_parts(module, model) if options.breakdown else None
+    settings = {"nsamples": len(ids), "seed": 0, "seqlen": ids.shape[1], "sparsity_ratio": pattern.sparsity}
+    arguments = argparse.Namespace(**settings, **SETTINGS[options.method])
 
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # it prints a line per linear
@@ -260,11 +305,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def read_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repo", type=Path, required=True, help="clone of locuslab/wanda")
+    parser.add_argument("--repo", type=Path, required=True, help="clone of the authors' repository")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--ids", type=Path, required=True, help=".npy of (windows, tokens) ints")
     parser.add_argument("--samples", type=int, help="use only the first so many windows")
-    parser.add_argument("--method", choices=("wanda", "magnitude"), default="wanda")
+    parser.add_argument("--method", choices=tuple(SETTINGS), default="wanda")
     parser.add_argument("--pattern", default="2:4", help='"N:M" keeps N of M; "0.5" removes half')
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
