@@ -82,7 +82,7 @@ def refine_slowly(
         wanda = (weight[i].abs() * stats.need("sqnorm").sqrt()).tolist()
         gone = [j for j in range(len(shares)) if not keep[i, j]]
         kept = [j for j in range(len(shares)) if keep[i, j]]
-        keys = {j: shares[j] / spreads[j] ** power if spreads[j] else 0.0 for j in gone}
+        keys = {j: shares[j] / spreads[j] ** power if spreads[j] ** power else 0.0 for j in gone}
         up, down = (sorted((j for j in gone if keys[j] * s > 0), key=lambda j: -abs(keys[j])) for s in (1, -1))
         negative, positive = (sorted((j for j in kept if shares[j] * s > 0), key=wanda.__getitem__) for s in (-1, 1))
         r = sum(shares[j] for j in gone)
