@@ -213,7 +213,9 @@ def test_inputs_that_are_dead_or_constant(power: float) -> None:
     stats = accumulator.finish("layer")
     assert float(stats.need("var")[9]) == 0.0
     for pattern in PATTERNS:
-        keep = pattern.keep(-torch.arange(32.0).repeat(12, 1)) if isinstance(pattern, NM) else pattern.keep(weight.abs())
+        keep = (
+            pattern.keep(-torch.arange(32.0).repeat(12, 1)) if isinstance(pattern, NM) else pattern.keep(weight.abs())
+        )
         refined = DSnoT(variance_power=power, **FREE).refine(weight, keep, stats, pattern).keep
         assert torch.equal(refined.sum(1), keep.sum(1))
         assert not (refined & ~keep)[:, 3:8].any()  # reviving them would change nothing
