@@ -75,10 +75,9 @@ def refined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Spars
     return seen
 
 
-@pytest.mark.parametrize("source", ["folder", "packed", "run"])
-@pytest.mark.parametrize("pattern", ["2:4", "0.6/layer"])
+@pytest.mark.parametrize(("source", "pattern"), [("folder", "2:4"), ("packed", "0.6/layer"), ("run", "0.6/layer")])
 def test_a_refiner_starts_from_the_checkpoints_masks_and_the_models_weights(
-    prune: Callable, llama: PreTrainedModel, refined: list, tmp_path: Path, pattern: str, source: str
+    prune: Callable, llama: PreTrainedModel, refined: list, tmp_path: Path, source: str, pattern: str
 ) -> None:
     first, _ = prune("a", method="magnitude", pattern=pattern)
     where = {"folder": tmp_path / "a" / "model", "packed": tmp_path / "packed", "run": tmp_path / "a"}[source]
