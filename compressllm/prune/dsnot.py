@@ -25,9 +25,9 @@ class DSnoT(Refiner):
 
     With ``D_ij = W_ij * mean(X_j)``, the mean output of a row is off by ``r = sum of D over its removed weights``. Each
     cycle revives the removed weight with the largest ``|D_j| / var(X_j) ** variance_power`` of the sign that brings r
-    nearer to 0, and removes a kept one: the one with the lowest Wanda score among those whose loss does the same or,
-    under N:M, in the group of the revived one. A row ends when r is small or would change its sign, or when it has no
-    such pair left.
+    nearer to 0, and removes a kept one: the one with the lowest Wanda score among those whose removal does the same
+    or, under N:M, in the group of the revived one. A row ends when r is small or would change its sign, or when it has
+    no such pair left.
 
     Departures from the published code: the variance is over all tokens instead of within each sequence; the threshold
     is per token; all linears are refined, not attention alone; under N:M the weight to remove is chosen by Wanda score
@@ -50,7 +50,7 @@ class DSnoT(Refiner):
 
     init: Pruner = field(default_factory=Wanda)
     cycles: int = 50
-    threshold: float = 0.1 / 2048
+    threshold: float = 5e-5
     variance_power: float = 1.0
     same_sign: bool = True
     max_rise: float = 0.0

@@ -28,7 +28,8 @@ class RIA(Criterion):
     Args:
         power: How far the size of inputs counts; 0 leaves it out.
 
-    Source: Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for LLMs, ICLR 2024, eq. 4.
+    Source: Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models,
+    ICLR 2024.
     """
 
     power: float = 0.5

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from compressllm.core.errors import RecipeError
 from compressllm.core.pattern import NM, SparsityPattern, Unstructured
-from compressllm.core.protocols import PRUNERS
+from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.registry import build
 from compressllm.core.stats import InputStats, StatsAccumulator
 from compressllm.prune.dsnot import DSnoT, swap
@@ -253,6 +254,16 @@ def test_it_starts_from_any_pruner_and_reads_what_that_reads() -> None:
     refined = refiner.prune(weight, stats, pattern).keep
     assert torch.equal(refined.sum(1), keep.sum(1))
     assert torch.equal(refined, refine_slowly(weight, keep, stats, pattern, True))
+
+
+def test_what_the_initial_pruner_did_instead_is_passed_on() -> None:
+    class Hapless(Wanda):
+        def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
+            return replace(super().prune(weight, stats, pattern), fallback="chose by the stars")
+
+    weight, stats, _ = random_layer(4)
+    assert DSnoT(init=Hapless()).prune(weight, stats, NM(2, 4)).fallback == "chose by the stars"
+    assert DSnoT().prune(weight, stats, NM(2, 4)).fallback is None
 
 
 @pytest.mark.parametrize("option", [{"cycles": 0}, {"threshold": -1.0}, {"max_rise": -0.5}, {"variance_power": -1.0}])
