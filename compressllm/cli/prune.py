@@ -16,6 +16,7 @@ def prune(
     out: Out,
     method: Annotated[str | None, flag(PruneConfig, "method")] = None,
     pattern: Annotated[str | None, flag(PruneConfig, "pattern")] = None,
+    masks: Annotated[str | None, flag(PruneConfig, "masks")] = None,
     data: Data = None,
     samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
@@ -30,7 +31,8 @@ def prune(
     """Prune a checkpoint in one shot. The pruned model is OUT/model."""
     from compressllm.stages.recipe import make_recipe, method_spec
 
-    settings = given(method=method_spec(method), pattern=pattern, skip=skip, order=order, dtype=dtype, device=device)
+    settings = given(method=method_spec(method), pattern=pattern, masks=masks, skip=skip, order=order)
+    settings |= given(dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
     run_and_print(recipe, out, resume, as_json)

@@ -19,6 +19,8 @@ class PruneConfig(Config):
     """How weights are chosen: a name from `compressllm list pruners`, or {name: {option: value}}."""
     pattern: Pattern = NM(2, 4)
     """What stays: N:M as in 2:4 (keep 2 of every 4), or the fraction removed as in 0.5, 0.5/row, 0.5/layer."""
+    masks: str | None = None
+    """A pruned checkpoint whose masks a refiner starts from, in place of its initial pruner's; their pattern stays."""
     skip: tuple[str, ...] = ()
     """Globs of linears to leave dense, as in '*.o_proj' or 'model.layers.0.*'."""
     calibration: CalibrationConfig = CalibrationConfig()

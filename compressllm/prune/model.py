@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.protocols import PRUNERS, Pruned, Pruner
+from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.registry import build
 from compressllm.core.run import Run
-from compressllm.core.stats import InputStats
+from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.models.record import FolderRecord, LiveRecord, Record, Rows
 from compressllm.models.weights import Weights
 from compressllm.prune.config import PruneConfig
+from compressllm.prune.given import GivenMasks, open_given
 from compressllm.prune.plan import make_plan
 
 
@@ -36,16 +37,20 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     """
     config, run = config or PruneConfig(), run or Run()
     pruner = build(PRUNERS, config.method, {"seed": run.seed})
-    plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
+    given = open_given(config, pruner, bundle)
+    plan = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group)
     windows = _windows(bundle, config, run) if pruner.needs else None
     device, dtype = _compute(bundle, config)
-    record = _open_record(bundle, config, run, plan, windows, dtype, device)
+    record = _open_record(bundle, config, run, plan, windows, given, dtype, device)
     options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
+
+    def solve(name: str, weight: Tensor, stats: InputStats) -> Pruned:
+        return given.refine(name, weight, stats) if given else pruner.prune(weight, stats, plan[name])
 
     ids = windows.ids if windows else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
-        masks, rows = _prune_block(block, pruner, plan, config.order, record.weights, run)
+        masks, rows = _prune_block(block, plan, pruner.needs, solve, config.order, record.weights, run)
         record.finish(block.name, masks, rows)
 
     pruned_bundle = record.close()
@@ -54,6 +59,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     run.metrics.update(
         linears=len(plan),
         sparsity=pruned_bundle.masks.sparsity(),
+        given_masks_sha256=given.sha256 if given else None,
         masks_sha256=pruned_bundle.masks.sha256(),
         calibration=windows.facts() if windows else None,
         dtype=str(dtype).removeprefix("torch."),
@@ -64,7 +70,13 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
 
 
 def _prune_block(
-    block: Block, pruner: Pruner, plan: Mapping[str, SparsityPattern], order: str, weights: Weights, run: Run
+    block: Block,
+    plan: Mapping[str, SparsityPattern],
+    needs: frozenset[Need],
+    solve: Callable[[str, Tensor, InputStats], Pruned],
+    order: str,
+    weights: Weights,
+    run: Run,
 ) -> tuple[dict[str, Tensor], Rows]:
     """Prune the planned linears of a block, in place; their masks, and a row of facts for each."""
     planned = [name for name in block.linears if name in plan]
@@ -72,12 +84,12 @@ def _prune_block(
         _check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
     masks, rows = {}, {}
     in_turn = order == "sequential"
-    for stats in block.collect_in_turn(pruner.needs) if in_turn else (block.collect(pruner.needs),):
+    for stats in block.collect_in_turn(needs) if in_turn else (block.collect(needs),):
         for name in [name for name in planned if name in stats]:
             seen = stats.pop(name)  # an input's statistics are freed with the last linear that has it
             weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
             with torch.inference_mode():
-                pruned = pruner.prune(weight, seen, plan[name])
+                pruned = solve(name, weight, seen)
             if pruned.fallback:
                 run.warn(f"{name}: {pruned.fallback}")
             masks[name] = pruned.keep
@@ -116,6 +128,7 @@ def _open_record(
     run: Run,
     plan: dict[str, SparsityPattern],
     windows: Windows | None,
+    given: GivenMasks | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Record:
@@ -127,6 +140,7 @@ def _open_record(
         "settings": config.model_dump(mode="json"),
         "seed": run.seed,
         "calibration text": windows.sha256 if windows else None,
+        "masks": given.sha256 if given else None,
     }
     return FolderRecord(bundle, plan, run.folder, fingerprint, dtype, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -40,5 +41,8 @@ class Refiner(ABC):
         """
 
     def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
-        """Refine the mask that the initial pruner chooses on the dense weight."""
-        return self.refine(weight, self.init.prune(weight, stats, pattern).keep, stats, pattern)
+        """Refine the mask that the initial pruner chooses on the dense weight; its fallback is passed on."""
+        start = self.init.prune(weight, stats, pattern)
+        refined = self.refine(weight, start.keep, stats, pattern)
+        fallbacks = [one.fallback for one in (start, refined) if one.fallback]
+        return replace(refined, fallback="; ".join(fallbacks) or None)

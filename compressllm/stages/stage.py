@@ -45,10 +45,12 @@ def _prune(bundle: Bundle, config: PruneConfig, run: Run) -> Bundle:
 def _plan_prune(bundle: Bundle, config: PruneConfig) -> str:
     from compressllm.core.protocols import PRUNERS
     from compressllm.core.registry import build
+    from compressllm.prune.given import open_given
     from compressllm.prune.plan import make_plan
 
     pruner = build(PRUNERS, config.method)
-    plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
+    given = open_given(config, pruner, bundle)
+    plan = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group)
     return f"{config.method}, {len(plan)} linears to {next(iter(plan.values()))}"
 
 

@@ -54,12 +54,20 @@ def refused(cli: Callable, tmp_path: Path) -> Callable:
         (("--data", "wikitext3"), ("unknown text source 'wikitext3'", "did you mean 'wikitext2'")),
         (("--data", "missing.txt"), ("missing.txt", "does not exist")),
         (("--dtype", "float12"), ("dtype", "float12")),
+        (("--masks", "nowhere/at/all"), ("masks: wanda does not start from a given mask", "dsnot")),
+        (("--method", "dsnot", "--masks", "./nowhere"), ("nowhere", "does not exist")),
+        (("--method", "{dsnot: {cycles: 0}}"), ("dsnot", "cycles 0")),
     ],
     ids=str,
 )
 def test_flags(refused: Callable, tiny: str, text: str, flags: tuple[str, ...], says: tuple[str, ...]) -> None:
     data = () if "--data" in flags else ("--data", text)
     refused("prune", tiny, "OUT", *data, *flags, says=says)
+
+
+def test_masks_of_a_dense_model(refused: Callable, tiny: str, text: str) -> None:
+    flags = ("--method", "dsnot", "--masks", tiny)
+    refused("prune", tiny, "OUT", "--data", text, *flags, says=("masks: ", "none of the linears", "give a pruned"))
 
 
 @pytest.mark.parametrize("content", ["", "   \n\n", "too short"], ids=["empty", "blank", "short"])

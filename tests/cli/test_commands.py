@@ -141,6 +141,30 @@ def test_same_ids_and_seed_give_the_same_masks(cli: Callable, tiny: str, tmp_pat
     assert file_sha256(tmp_path / "a/model/masks.safetensors") == file_sha256(tmp_path / "b/model/masks.safetensors")
 
 
+def test_prune_starts_from_the_masks_of_another_run(cli: Callable, tiny: str, text: str, tmp_path: Path) -> None:
+    assert cli("prune", tiny, tmp_path / "first", "--method", "magnitude", "--pattern", "4:8").code == 0
+    flags = ("--data", text, *FAST, "--method", "{dsnot: {cycles: 20}}", "--masks", tmp_path / "first")
+    done = cli("prune", tiny, tmp_path / "second", *flags, "--json")
+    assert done.code == 0, done.err
+    (stage,) = done.json["stages"]
+    assert stage["config"]["masks"] == str(tmp_path / "first")
+    assert {row["pattern"] for row in stage["linears"]} == {"4:8"}
+    assert sum(row["swaps"] for row in stage["linears"]) > 0
+    for row in stage["linears"]:
+        assert row["shift_after"] <= row["shift_before"]
+        assert row["loss_after"] <= row["loss_before"]
+    assert cli("verify", tmp_path / "second", "--pattern", "4:8").code == 0
+    first, second = (Checkpoint(tmp_path / run / "model").masks() for run in ("first", "second"))
+    changed = sum(int((first[name] ^ second[name]).sum()) for name in first)
+    assert changed == 2 * sum(row["swaps"] for row in stage["linears"])
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny}\nstages:\n  - prune: {{method: dsnot, masks: {tmp_path / 'first'}}}\n")
+    dry = cli("run", recipe, tmp_path / "third", "--dry-run")
+    assert dry.code == 0
+    assert "4:8" in dry.out + dry.err
+
+
 def test_run_a_recipe_with_overrides(cli: Callable, tiny: str, text: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from compressllm.core.errors import CalibrationError
-from compressllm.core.pattern import NM, Unstructured
+from compressllm.core.errors import CalibrationError, RecipeError
+from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
-from compressllm.core.stats import InputStats
+from compressllm.core.stats import InputStats, StatsAccumulator
 from compressllm.prune.model import relative_error
 
 NOTHING = InputStats(tokens=0)
@@ -40,6 +40,56 @@ def test_wanda_weighs_by_the_size_of_inputs() -> None:
 def test_wanda_without_statistics_says_so() -> None:
     with pytest.raises(CalibrationError, match="'sqnorm' was not collected"):
         build(PRUNERS, "wanda").prune(random_weight(), NOTHING, NM(2, 4))
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, 1.0])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "layer"), Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_ria_weighs_shares_of_rows_and_columns(power: float, pattern: SparsityPattern) -> None:
+    weight, x = random_weight(), random_weight(seed=1, rows=50) * torch.linspace(0.1, 9.0, 24)
+    weight[2], weight[:, 5], weight[4] = 0.0, 0.0, weight[4] * 1e-3  # empty, and thin
+    stats = InputStats(tokens=50, sqnorm=x.square().mean(0))
+    keep = build(PRUNERS, {"ria": {"power": power}}).prune(weight, stats, pattern).keep
+    norms = [sum(value**2 for value in column) ** 0.5 for column in x.T.tolist()]
+    size = [[abs(value) for value in row] for row in weight.tolist()]
+    score = torch.zeros(6, 24, dtype=torch.float64)
+    for i, row in enumerate(size):
+        for j, value in enumerate(row):
+            if value:
+                score[i, j] = (value / sum(other[j] for other in size) + value / sum(row)) * norms[j] ** power
+    assert torch.equal(keep, pattern.keep(score))
+    assert build(PRUNERS, "ria").group == "layer"
+
+
+def test_ria_spares_thin_columns() -> None:
+    weight = random_weight()
+    weight[:, 4] *= 1e-3
+    stats = InputStats(tokens=1, sqnorm=torch.ones(24))
+    kept = {
+        name: int(build(PRUNERS, name).prune(weight, stats, Unstructured(0.5, "layer")).keep[:, 4].sum())
+        for name in ("magnitude", "ria")
+    }
+    assert kept["magnitude"] == 0
+    assert kept["ria"] >= 2
+
+
+def test_ria_refuses_a_negative_power() -> None:
+    with pytest.raises(RecipeError, match=r"^pruner ria: power -0\.5 is negative"):
+        build(PRUNERS, {"ria": {"power": -0.5}})
+
+
+@pytest.mark.parametrize("method", ["ria", "dsnot"])
+def test_the_number_of_threads_changes_no_mask(method: str) -> None:
+    weight = random_weight(rows=257, columns=516)
+    stats = StatsAccumulator(frozenset({"mean", "var", "sqnorm"}))
+    stats.add_(random_weight(seed=1, rows=64, columns=516) + 0.5)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(build(PRUNERS, method).prune(weight, stats.finish("layer"), Unstructured(0.5)).keep)
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(*found)
 
 
 def test_random_depends_on_the_seed_and_the_matrix_and_nothing_else() -> None:
