@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.watch import InputWatch, Totals
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
 from compressllm.models.weights import Weights
@@ -41,9 +42,12 @@ class Block:
     linears: dict[str, nn.Linear]
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
+    _ranks: Ranks = field(default=ALONE, repr=False)
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
+
+        Each rank puts its own windows through the block, and all get the statistics of all windows.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
@@ -57,7 +61,7 @@ class Block:
 
             for totals in inputs.each_batch(measure):
                 watch.merge_(totals)
-        return watch.finish()
+        return watch.finish(self._ranks)
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,14 @@ class WalkOptions:
         batch_tokens: Tokens put through a block at once; None suits the device.
         memory_limit: Bytes of hidden states held in memory; more spill to disk.
         spill_folder: Where they spill to; None for the system's temporary folder.
+        ranks: The processes whose windows are counted together.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_tokens: int | None = None
     memory_limit: int = 4 << 30
     spill_folder: Path | None = None
+    ranks: Ranks = ALONE
 
 
 def _batch_tokens(options: WalkOptions) -> int:
@@ -94,7 +100,8 @@ def walk_blocks(
     Args:
         model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time. It is in
             eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in.
-        windows: (n, seqlen) token ids, or None for methods that look at no text: then nothing is computed.
+        windows: (n, seqlen) token ids, this rank's share of them; or None for methods that look at no text: then
+            nothing is computed.
         start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
 
     Raises: CalibrationError, UnsupportedModelError.
@@ -138,7 +145,7 @@ def _walk(
             continue
         weights.load_(name)
         if index >= start:
-            yield Block(index, name, module, find_linears(module, name), options.device, inputs)
+            yield Block(index, name, module, find_linears(module, name), options.device, inputs, options.ranks)
         if inputs is not None and index + 1 < len(blocks.modules):
             inputs.advance(module, name)
         weights.release_(name)

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressllm.calibration.inputs import Enough
+from compressllm.core.pooling import pool_stats
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
 #: What one forward pass adds to the statistics: linear name -> its own accumulator.
@@ -70,17 +72,21 @@ class InputWatch:
         for name, one in totals.items():
             self._stats.setdefault(name, StatsAccumulator(self._needs)).merge_(one)
 
-    def finish(self) -> dict[str, InputStats]:
-        """The statistics of every linear.
+    def finish(self, ranks: Ranks = ALONE) -> dict[str, InputStats]:
+        """The statistics of every linear, over what all ranks saw. The watch cannot be gone on with.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         unseen = StatsAccumulator(self._needs)
-        done: dict[str, InputStats] = {}
-        for name in self._linears:
-            leader = (self._leader or {}).get(name, name)
-            done[name] = done[leader] if leader in done else self._stats.get(leader, unseen).finish(name)
-        return done
+        own = {name: self._stats.get((self._leader or {}).get(name, name), unseen) for name in self._linears}
+        device = next(iter(self._linears.values())).weight.device
+        done: dict[int, InputStats] = {}  # by identity of what was pooled
+        means: dict[str, InputStats] = {}
+        for name, pooled in pool_stats(ranks, own, device).items():
+            if id(pooled) not in done:
+                done[id(pooled)] = pooled.finish(name)
+            means[name] = done[id(pooled)]
+        return means
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
