@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from compressllm.core.errors import BackendUnavailableError, CompressError, RankError, RunError
 from compressllm.core.ranks import ALONE, Ranks
@@ -156,7 +157,7 @@ def _join() -> LaunchedRanks:
     if missing:
         raise RunError(f"WORLD_SIZE is set and {missing[0]} is not; start with torchrun or accelerate launch")
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+        store, rank, size = next(rendezvous("env://", timeout=JOINING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAITING)
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]

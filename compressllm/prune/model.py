@@ -137,7 +137,7 @@ def _open_record(
         "settings": config.model_dump(mode="json"),
         "seed": run.seed,
         "calibration text": windows.sha256 if windows else None,
-        "number of processes": run.ranks.size if windows else None,  # the order of sums over windows
+        "number of processes": run.ranks.size,  # sums over windows depend on it, in their last bits
     }
     run.ranks.agree(fingerprint | {"dtype": str(dtype), "kind of device": device.type})
     if bundle.checkpoint is None:

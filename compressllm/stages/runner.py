@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from compressllm.calibration.source import open_source
 from compressllm.core.config import Config
@@ -64,7 +65,8 @@ def run_recipe(
         return folder.manifest
 
 
-class _Order(NamedTuple):
+@dataclass(frozen=True)
+class _Order:
     """What the first rank asks of the others: to run a shared stage with it."""
 
     index: int
@@ -74,10 +76,12 @@ class _Order(NamedTuple):
 
 def _assist(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """Do this rank's share of the stages that the first rank calls for, until it shows the manifest."""
-    while isinstance(order := ranks.exchange(None)[0], _Order):
+    while True:
+        order: _Order | dict[str, Any] | None = ranks.exchange(None)[0]
+        if not isinstance(order, _Order):
+            return order or {}
         name, config = recipe.steps()[order.index]
         STAGES[name].run(open_bundle(str(order.model)), config, Run(recipe.seed, order.folder, ranks=ranks))
-    return order
 
 
 def check_sources(recipe: Recipe) -> None:
