@@ -67,7 +67,7 @@ class LaunchedRanks(Ranks):
     """Ranks that meet through torch.distributed: gloo for CPU tensors and plain data, NCCL for CUDA tensors.
 
     Args:
-        group: Their process group; None for the default one, which then is this object's to end.
+        group: Their process group, ended by `leave`; None for the default one.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -117,7 +117,11 @@ class LaunchedRanks(Ranks):
             self._meet("failure", _told(error), failed=True)
 
     def leave(self) -> None:
-        """End the process group, if it was begun for these ranks."""
+        """End the process group; after a failure, once all ranks are this far."""
+        if self.told and not self._lost:
+            # A launcher ends all processes as soon as one has failed, and the first may have a folder to clear away.
+            with suppress(RuntimeError):
+                dist.all_gather_object([None] * self.size, None, group=self._group)
         dist.destroy_process_group(self._group)
 
     def _meet(self, what: str, value: Any, failed: bool = False) -> list[Any]:

@@ -136,6 +136,7 @@ def test_two_ranks_prune_as_one_process_does(
         assert records == first[3]
         assert warnings == first[4]
         assert metrics["processes"] == 2
+    assert alone_run.metrics["processes"] == 1
     if not PRUNERS.get(method)().needs:
         assert hashes(tmp_path / "shared") == hashes(tmp_path / "alone")
 
