@@ -114,10 +114,11 @@ def launch() -> Callable[..., list[Any]]:
     """``launch(work, 2)``: what ``work(rank)`` returned, or the error it raised, in each process of a launch.
 
     The processes are forked, so that they need not import everything again, and find what ``torchrun`` would have
-    put into their environment. One that says nothing for ``seconds`` fails the test; one that dies gives None.
+    put into their environment. One that hangs, and would wait a day for the others, fails the test after
+    ``seconds``; one that dies gives None.
     """
 
-    def run(work: Callable[[int], Any], size: int = 2, seconds: float = 60) -> list[Any]:
+    def run(work: Callable[[int], Any], size: int = 2, seconds: float = 120) -> list[Any]:
         # The port is the store's from the start, so no other process can take it in between.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
         context = multiprocessing.get_context("fork")

@@ -139,7 +139,8 @@ def _open_record(
         "calibration text": windows.sha256 if windows else None,
         "number of processes": run.ranks.size,  # sums over windows depend on it, in their last bits
     }
-    run.ranks.agree(fingerprint | {"dtype": str(dtype), "kind of device": device.type})
+    patterns = {name: str(pattern) for name, pattern in plan.items()}
+    run.ranks.agree({**fingerprint, "patterns": patterns, "dtype": str(dtype), "kind of device": device.type})
     if bundle.checkpoint is None:
         return LiveRecord(bundle, plan)
     if run.folder is None:

