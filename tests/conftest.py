@@ -5,11 +5,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+import multiprocessing
+import pickle
+import time
+import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -99,3 +107,61 @@ def tiny_llama_folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
 def windows() -> torch.Tensor:
     """(7, 16) token ids of the tiny models."""
     return torch.randint(3, 64, (7, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def launch() -> Callable[..., list[Any]]:
+    """``launch(work, 2)``: what ``work(rank)`` returned, or the error it raised, in each process of a launch.
+
+    The processes are forked, so that they need not import everything again, and find what ``torchrun`` would have
+    put into their environment. One that hangs, and would wait a day for the others, fails the test after
+    ``seconds``; one that dies gives None.
+    """
+
+    def run(work: Callable[[int], Any], size: int = 2, seconds: float = 120) -> list[Any]:
+        # The port is the store's from the start, so no other process can take it in between.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+        context = multiprocessing.get_context("fork")
+        processes, ends = [], []
+        for rank in range(size):
+            end, other = context.Pipe(duplex=False)
+            process = context.Process(target=_launched, args=(work, rank, size, store.port, other), daemon=True)
+            process.start()
+            other.close()
+            processes.append(process)
+            ends.append(end)
+        deadline = time.monotonic() + seconds
+        try:
+            return [_outcome(end, deadline) for end in ends]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    return run
+
+
+def _launched(work: Callable[[int], Any], rank: int, size: int, port: int, end: Connection) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    try:
+        result = work(rank)
+    except Exception as error:
+        traceback.print_exc()
+        result = error
+    end.send_bytes(pickle.dumps(result))
+
+
+def _outcome(end: Connection, deadline: float) -> Any:
+    assert end.poll(max(0.0, deadline - time.monotonic())), "a launched process hangs"
+    try:
+        return pickle.loads(end.recv_bytes())
+    except EOFError:
+        return None

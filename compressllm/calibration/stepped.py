@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressllm.core.pooling import finish_stats
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
 
@@ -72,6 +74,7 @@ def step_through(
     needs: frozenset[Need],
     forward: Callable[[int], object],
     batches: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, InputStats]]:
     """Yield the statistics of one group of linears after another, from a single forward pass over all batches.
 
@@ -87,6 +90,7 @@ def step_through(
         forward: Puts one batch through the block. Runs in another thread.
         batches: Number of batches. All of them are in flight at once, with what a block holds on its way; as many run
             at one time as torch has threads.
+        ranks: Processes that share the windows.
 
     Raises: CalibrationError naming the linear whose inputs are not finite.
 
@@ -121,7 +125,7 @@ def step_through(
                 for inputs in [one.reached() for one in together]:
                     if inputs is not None:
                         stats.add_(inputs)
-            yield dict.fromkeys(group, stats.finish(group[0]))
+            yield finish_stats(ranks, dict.fromkeys(group, stats), linears[group[0]].weight.device)
         for together in rounds:
             for one in together:
                 one.go()

@@ -20,6 +20,7 @@ from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
 from compressllm.models.weights import Weights
@@ -43,11 +44,14 @@ class Block:
     linears: dict[str, nn.Linear]
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
+    _ranks: Ranks = field(default=ALONE, repr=False)
     stepped: bool = False
     """Whether the windows have gone through the changed block already."""
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
+
+        Each rank puts its own windows through the block, and all get the statistics of all windows.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
@@ -61,7 +65,7 @@ class Block:
 
             for seen in inputs.each_batch(measure, rounds="hessian" in needs):  # products take all cores
                 watch.merge_(seen)
-        return watch.finish()
+        return watch.finish(self._ranks)
 
     def collect_in_turn(self, needs: frozenset[Need]) -> Iterator[dict[str, InputStats]]:
         """Statistics of one group of linears after another, each to be changed before the next is asked for.
@@ -90,7 +94,7 @@ class Block:
             if (out := inputs.forward(self.module, self.name, batch)) is not None:
                 inputs.put(batch, out)
 
-        yield from step_through(self.linears, groups, needs, forward, len(inputs))
+        yield from step_through(self.linears, groups, needs, forward, len(inputs), self._ranks)
         self.stepped = True
 
 
@@ -103,12 +107,14 @@ class WalkOptions:
         batch_tokens: Tokens put through a block at once; None suits the device.
         memory_limit: Bytes of hidden states held in memory; more spill to disk.
         spill_folder: Where they spill to; None for the system's temporary folder.
+        ranks: The processes whose windows are counted together.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_tokens: int | None = None
     memory_limit: int = 4 << 30
     spill_folder: Path | None = None
+    ranks: Ranks = ALONE
 
 
 def _batch_tokens(options: WalkOptions) -> int:
@@ -128,7 +134,8 @@ def walk_blocks(
     Args:
         model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time. It is in
             eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in.
-        windows: (n, seqlen) token ids, or None for methods that look at no text: then nothing is computed.
+        windows: (n, seqlen) token ids, this rank's share of them; or None for methods that look at no text: then
+            nothing is computed.
         start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
 
     Raises: CalibrationError, UnsupportedModelError.
@@ -171,7 +178,7 @@ def _walk(
         if index < start and inputs is None:
             continue
         weights.load_(name)
-        block = Block(index, name, module, find_linears(module, name), options.device, inputs)
+        block = Block(index, name, module, find_linears(module, name), options.device, inputs, options.ranks)
         if index >= start:
             yield block
         if inputs is not None and block.stepped:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressllm.calibration.inputs import Enough
+from compressllm.core.pooling import finish_stats
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
 
@@ -99,18 +101,14 @@ class InputWatch:
             grouped.setdefault(leader, []).append(name)
         return list(grouped.values())
 
-    def finish(self) -> dict[str, InputStats]:
-        """The statistics of every linear.
+    def finish(self, ranks: Ranks = ALONE) -> dict[str, InputStats]:
+        """The statistics of every linear, over what all ranks saw. The watch cannot be gone on with.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         unseen = StatsAccumulator(self._needs)
-        of_leader: dict[str, InputStats] = {}
-        for name in self._linears:
-            leader = (self._leader or {}).get(name, name)
-            if leader not in of_leader:
-                of_leader[leader] = self._stats.get(leader, unseen).finish(name)
-        return {name: of_leader[(self._leader or {}).get(name, name)] for name in self._linears}
+        own = {name: self._stats.get((self._leader or {}).get(name, name), unseen) for name in self._linears}
+        return finish_stats(ranks, own, next(iter(self._linears.values())).weight.device)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from compressllm.cli import evaluate, export, generate, inspection, listing, prune, recipe, run
-from compressllm.cli.output import say
+from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
+
+#: Commands whose work the processes of a launcher share.
+SHARED = {"prune", "run"}
 
 app = typer.Typer(
     name="compressllm",
@@ -48,14 +51,26 @@ def options(
 
 def main() -> None:
     """Run the command line. Exits 0 when all went well, 1 when a gate failed, 2 for bad usage or input."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        return  # started by a launcher with several processes: the first does the work
+    if os.environ.get("RANK", "0") != "0":  # one of several processes of a launcher, and not the first
+        if not SHARED & set(sys.argv[1:2]):
+            return  # the first does the work
+        _hush()
     try:
         app()
     except CompressError as error:
+        talk.quiet = False
         say(f"error: {error}", style="bold red")
         sys.exit(2)
     except OSError as error:
+        talk.quiet = False
         where = f"{error.filename}: " if error.filename else ""
         say(f"error: {where}{error.strerror or error}; finished work is kept, the same command resumes it", style="red")
         sys.exit(2)
+
+
+def _hush() -> None:
+    """Leave all talk to the first process. Errors that it cannot know of are still shown."""
+    talk.quiet = results.quiet = True
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when those libraries are imported
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -34,3 +34,7 @@ class BackendUnavailableError(CompressError):
 
 class RunError(CompressError):
     """A run folder that holds something else, or a different recipe."""
+
+
+class RankError(RunError):
+    """Another process of the same launch failed; the message is its own."""

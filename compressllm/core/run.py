@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compressllm.core.ranks import ALONE, Ranks
+
 T = TypeVar("T")
 
 #: Where a stage keeps, in its folder, how far it is; dropped once the run's manifest has the finished stage.
@@ -35,6 +37,7 @@ class Run:
         records: What was logged, one mapping a call.
         warnings: What was warned of; goes into the manifest.
         metrics: The stage's results; go into the manifest.
+        ranks: The processes that share the work.
     """
 
     seed: int = 0
@@ -44,6 +47,7 @@ class Run:
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def log(self, **facts: Any) -> None:
         """Note one fact a row, a pruned linear say."""

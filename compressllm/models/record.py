@@ -17,6 +17,7 @@ from compressllm.core.errors import FormatError, RunError
 from compressllm.core.masks import pack_bits
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.run import JOURNAL, write_json
+from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
@@ -179,6 +180,38 @@ class FolderRecord:
         if self._final.exists():
             self._final.replace(self._work)
         return list(progress["blocks"]), list(progress["rows"])
+
+
+class FollowingRecord:
+    """The record on a rank other than the first, whose `FolderRecord` it follows: reads, and writes nothing.
+
+    Args:
+        bundle: A bundle with a checkpoint.
+        folder: The first rank's folder; its FolderRecord has been opened.
+        done: Blocks that were finished when it was.
+        rows: What was logged of them.
+    """
+
+    def __init__(
+        self, bundle: Bundle, folder: Path, done: int, rows: Rows, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if bundle.checkpoint is None:
+            raise TypeError("a FollowingRecord needs a bundle whose weights are in a checkpoint")
+        self.done, self.rows = done, list(rows)
+        self._bundle, self._final = bundle, folder / "model"
+        blocks = find_blocks(bundle.model)
+        finished = {blocks.name(index) for index in range(done)}
+        self._out = ShardWriter(folder / "model.partial", bundle.checkpoint.specs)  # laid out already: only read
+        self.weights: Weights = StreamedWeights(bundle.model, bundle.checkpoint, self._out, finished, dtype, device)
+
+    def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
+        """Keep the rows of a finished block; the first rank writes it."""
+        self.rows += rows
+
+    def close(self) -> Bundle:
+        """Open the checkpoint that the first rank has put into place."""
+        self._out.close()
+        return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
 
 
 def _identity(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressllm.calibration.source import open_source
 from compressllm.core.config import Config
+from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.run import Run, Track, untracked
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.facts import read_facts
@@ -26,6 +28,7 @@ def run_recipe(
     resume: bool = True,
     show: Track = untracked,
     on_warning: Callable[[str], None] = lambda message: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run a recipe's stages in order and return the manifest.
 
@@ -35,9 +38,13 @@ def run_recipe(
     Args:
         out: New or empty folder, or one that an interrupted run of the same recipe left.
         resume: Whether such a folder is taken up.
+        ranks: Processes that make the same call. The first runs the stages, and the others do their share of those
+            that can be shared. ``show`` and ``on_warning`` are heard on the first only.
 
-    Raises: CompressError of the kind that fits; OSError if the disk is full.
+    Raises: RankError if another rank failed; CompressError of the kind that fits; OSError if the disk is full.
     """
+    if ranks.rank:
+        return _assist(recipe, ranks)
     check_sources(recipe)
     bundle = open_bundle(recipe.model)
     with RunFolder(out, recipe, resume, bundle.checkpoint.folder.name if bundle.checkpoint else "") as folder:
@@ -46,12 +53,35 @@ def run_recipe(
                 if done["model"]:
                     bundle = open_bundle(str(folder.model_of(done)))
                 continue
-            run = Run(seed=recipe.seed, folder=folder.stage_folder(index, name), show=show, on_warning=on_warning)
+            stage_folder = folder.stage_folder(index, name)
+            if STAGES[name].shared and bundle.checkpoint:
+                ranks.exchange(_Order(index, bundle.checkpoint.folder.absolute(), stage_folder.absolute()))
+            run = Run(recipe.seed, stage_folder, show, on_warning, ranks=ranks)
             bundle, entry = _run_stage(name, config, bundle, run, folder)
             folder.finish_stage(entry)
         if not folder.manifest["finished"]:
             folder.finish()
+        ranks.exchange(folder.manifest)
         return folder.manifest
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the first rank asks of the others: to run a shared stage with it."""
+
+    index: int
+    model: Path
+    folder: Path
+
+
+def _assist(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """Do this rank's share of the stages that the first rank calls for, until it shows the manifest."""
+    while True:
+        order: _Order | dict[str, Any] | None = ranks.exchange(None)[0]
+        if not isinstance(order, _Order):
+            return order or {}
+        name, config = recipe.steps()[order.index]
+        STAGES[name].run(open_bundle(str(order.model)), config, Run(recipe.seed, order.folder, ranks=ranks))
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ class Stage:
             recipe is quick.
         plan: One line on what it would do, having checked what can be checked without doing it.
         writes_model: Whether it leaves a checkpoint at ``run.folder / "model"``.
+        shared: Whether all processes of a launch run it together; if not, the first runs it and the others wait.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     run: Callable[[Bundle, Any, Run], Bundle]
     plan: Callable[[Bundle, Any], str]
     writes_model: bool
+    shared: bool = False
 
 
 def _prune(bundle: Bundle, config: PruneConfig, run: Run) -> Bundle:
@@ -69,7 +71,7 @@ def _evaluate(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True),
+        Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
         Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
     )
