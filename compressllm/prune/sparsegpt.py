@@ -17,9 +17,9 @@ from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.stats import InputStats, Need
 from compressllm.prune.factor import inverse_factor
 
-_ROWS = 512  # rows worked on at once by one core
+_ROWS = 256  # rows that one core changes at once
 
-#: From (out, columns) scores of a run of columns, and where it starts, to a bool mask: True = kept.
+#: From the (out, width) scores of some columns, and the first of them, to their bool mask: True = kept.
 Choose = Callable[[Tensor, int], Tensor]
 
 
@@ -62,10 +62,10 @@ class SparseGPT:
         factor = inverse_factor(stats, self.damping)
         sweep = _Sweep.over(weight, factor.upper)
         if isinstance(pattern, NM):
-            sweep.run_(pattern.m, lambda scores, start: pattern.keep(scores))
+            block = -(-self.block // pattern.m) * pattern.m  # no group lies in two blocks
+            sweep.run_(block, pattern.m, lambda scores, start: pattern.keep(scores))
         elif isinstance(pattern, Unstructured):
-            pattern = pattern.within(self.group)
-            sweep.run_(self.block, _by_blocks(pattern), together=pattern.group == "layer")
+            sweep.run_(self.block, self.block, _in_blocks(pattern.within(self.group)))
         else:
             raise PatternError(f"sparsegpt prunes to N:M or by a fraction, not to {pattern}")
         notes = {"obs_loss": sweep.loss(), "damp": factor.damping, "dead_inputs": factor.dead}
@@ -82,11 +82,11 @@ def compensate(weight: Tensor, keep: Tensor, upper: Tensor, block: int = 128) ->
         block: Columns finished before those behind are changed; moves last bits only.
     """
     sweep = _Sweep.over(weight, upper)
-    sweep.run_(block, lambda scores, start: keep[:, start : start + scores.shape[1]], together=True)
+    sweep.run_(block, block, lambda scores, start: keep[:, start : start + scores.shape[1]])
     return sweep.pruned()
 
 
-def _by_blocks(pattern: Unstructured) -> Choose:
+def _in_blocks(pattern: Unstructured) -> Choose:
     """The choice of one block of columns, such that the counts of all blocks add up to the pattern's exactly."""
 
     def choose(scores: Tensor, start: int) -> Tensor:
@@ -125,29 +125,28 @@ class _Sweep:
         keep = torch.empty_like(columns, dtype=torch.bool)
         return cls(columns, upper, keep, torch.empty_like(columns), torch.zeros_like(columns[0]))
 
-    def run_(self, width: int, choose: Choose, together: bool = False) -> None:
+    def run_(self, block: int, width: int, choose: Choose) -> None:
         """Go over all columns, choosing what stays of ``width`` of them at a time.
 
         Args:
-            together: ``choose`` looks at all rows. If not, rows are independent of each other from first to last.
+            block: Columns finished before those behind the block hear of them; a multiple of ``width``.
         """
         columns, rows = self.weight.shape
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
 
-        def each(work: Callable[[slice], None]) -> None:
-            for_chunks(work, 0, rows, _ROWS, self.weight.device)
+            def finish(every: slice, start: int = start, stop: int = stop) -> None:
+                self._walk_(start, stop, width, choose)
+                errors = self.errors[start:stop]
+                self.losses.add_(errors.square().sum(0), alpha=0.5)
 
-        if not together:
-            each(lambda part: self._walk_(0, columns, part, width, choose))
-        for start in range(0, columns, width) if together else ():
-            stop = min(start + width, columns)
-            self._choose_(start, stop, slice(0, rows), choose)
-
-            def work(part: slice, start: int = start, stop: int = stop) -> None:
-                self._walk_(start, stop, part)
+            def push(part: slice, start: int = start, stop: int = stop) -> None:
                 self._push_(start, stop, columns, part)
 
-            each(work)
-        each(self._close_)
+            # Steps within a block are small, so that cores would only wait for each other.
+            for_chunks(finish, 0, rows, rows, self.weight.device)
+            if stop < columns:
+                for_chunks(push, 0, rows, _ROWS, self.weight.device)
 
     def loss(self) -> float:
         """Estimate of the layer's loss, half the squared output error per token: the sum of all steps' own.
@@ -163,33 +162,31 @@ class _Sweep:
         """(out, in) weight after the pass, +0.0 where weights went. Uses up the pass's own."""
         return self.weight.masked_fill_(~self.keep, 0.0).T.contiguous()
 
-    def _choose_(self, start: int, stop: int, rows: slice, choose: Choose) -> None:
-        """Settle which weights of these columns go."""
-        scale = self.upper.diagonal()[start:stop, None]
-        scores = self.weight[start:stop, rows].div(scale).square_()
-        keep = self.keep[start:stop, rows].copy_(choose(scores.T, start).T)
-        torch.div(~keep, scale, out=self.errors[start:stop, rows])
+    def _walk_(self, start: int, stop: int, width: int, choose: Choose | None) -> None:
+        """Do these columns, one half after the other; they have heard already of all columns before them.
 
-    def _walk_(self, start: int, stop: int, rows: slice, width: int = 1, choose: Choose | None = None) -> None:
-        """Do these columns, halves first; of columns before ``start`` they have heard already.
-
-        Halving does at each step what a loop over columns does, but most of it in products of large matrices.
+        Halving changes each column by the same sums as a loop would that goes on from one to the next, but does most
+        of it in products of matrices.
         """
         if choose and stop - start <= width:
-            self._choose_(start, stop, rows, choose)
+            self._choose_(start, stop, choose)
             width, choose = 1, None
         if stop - start == 1:
-            self.errors[start, rows].mul_(self.weight[start, rows])
+            self.errors[start].mul_(self.weight[start])
             return
         middle = start + max(1, (stop - start) // width // 2) * width
-        self._walk_(start, middle, rows, width, choose)
-        self._push_(start, middle, stop, rows)
-        self._walk_(middle, stop, rows, width, choose)
+        self._walk_(start, middle, width, choose)
+        self._push_(start, middle, stop, slice(None))
+        self._walk_(middle, stop, width, choose)
+
+    def _choose_(self, start: int, stop: int, choose: Choose) -> None:
+        """Settle which weights of these columns go."""
+        scale = self.upper.diagonal()[start:stop, None]
+        scores = self.weight[start:stop].div(scale).square_()
+        keep = self.keep[start:stop].copy_(choose(scores.T, start).T)
+        torch.div(~keep, scale, out=self.errors[start:stop])
 
     def _push_(self, start: int, middle: int, stop: int, rows: slice) -> None:
-        """Make up in the columns from ``middle`` to ``stop`` for what went in those from ``start`` to ``middle``."""
+        """Change the columns from ``middle`` to ``stop`` to make up for what went in those before ``middle``."""
         across = self.upper[start:middle, middle:stop].mT
         self.weight[middle:stop, rows].addmm_(across, self.errors[start:middle, rows], alpha=-1)
-
-    def _close_(self, rows: slice) -> None:
-        torch.mul(self.errors[:, rows].square().sum(0), 0.5, out=self.losses[rows])
