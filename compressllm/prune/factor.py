@@ -83,9 +83,8 @@ def _attempts(hessian: Tensor, mean: float, damping: float) -> Iterator[tuple[st
 def _by_cholesky(hessian: Tensor, added: float) -> Tensor | None:
     """U for ``hessian + added * I`` in the dtype of ``hessian``, or None if that is not positive definite.
 
-    With rows and columns in reverse order a lower Cholesky factor L becomes an upper one, ``H = R R^T``. Since
-    ``H^-1 = R^-T R^-1``, the factor wanted is R^-1. That is half the work of inverting first and factoring the inverse, and it
-    loses less.
+    Read from the last row and column to the first, a lower Cholesky factor is an upper one, ``H = R R^T``. Since
+    ``H^-1 = R^-T R^-1``, the factor wanted is R^-1: half the work of inverting first and factoring the inverse.
     """
     lower = hessian.flip((0, 1)).contiguous()
     lower.diagonal().add_(added)
@@ -153,6 +152,7 @@ def _by_eigenvalues(hessian: Tensor, floor: float) -> Tensor | None:
         # H^-1 = B^T B with the rows of B the eigenvectors over the roots of their values, so that U is the R of B = QR.
         root = vectors.mT / values.clamp_(min=floor).sqrt()[:, None]
         upper = torch.linalg.qr(root, mode="r").R
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # does not converge, or is not finite
         return None
-    return (upper * upper.diagonal().sign()[:, None]).float()
+    signed: Tensor = upper * upper.diagonal().sign()[:, None]
+    return signed.float()

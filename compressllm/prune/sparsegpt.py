@@ -60,16 +60,19 @@ class SparseGPT:
         if not pattern.sparsity:  # nothing to make up for, not even in the last bit
             return Pruned(torch.ones_like(weight, dtype=torch.bool), weight.clone(), {"obs_loss": 0.0})
         factor = inverse_factor(stats, self.damping)
-        sweep = _Sweep.over(weight, factor.upper)
         if isinstance(pattern, NM):
             block = -(-self.block // pattern.m) * pattern.m  # no group lies in two blocks
-            sweep.run_(block, pattern.m, lambda scores, start: pattern.keep(scores))
+            keep, left, losses = _sweep(weight, factor.upper, block, pattern.m, lambda scores, at: pattern.keep(scores))
         elif isinstance(pattern, Unstructured):
-            sweep.run_(self.block, self.block, _in_blocks(pattern.within(self.group)))
+            choose = _in_blocks(pattern.within(self.group))
+            keep, left, losses = _sweep(weight, factor.upper, self.block, self.block, choose)
         else:
             raise PatternError(f"sparsegpt prunes to N:M or by a fraction, not to {pattern}")
-        notes = {"obs_loss": sweep.loss(), "damp": factor.damping, "dead_inputs": factor.dead}
-        return Pruned(sweep.keep.T.contiguous(), sweep.pruned(), notes, factor.fallback)
+        loss = math.fsum(losses.tolist())
+        if not math.isfinite(loss):  # every change of a weight is in it
+            raise CalibrationError("sparsegpt: the changed weights are not finite; raise its option damping")
+        notes = {"obs_loss": loss, "damp": factor.damping, "dead_inputs": factor.dead}
+        return Pruned(keep, left, notes, factor.fallback)
 
 
 def compensate(weight: Tensor, keep: Tensor, upper: Tensor, block: int = 128) -> Tensor:
@@ -79,15 +82,13 @@ def compensate(weight: Tensor, keep: Tensor, upper: Tensor, block: int = 128) ->
         weight: (out, in) float32, dense.
         keep: (out, in) bool, True = kept.
         upper: (in, in) float32, the factor of the inverse Hessian.
-        block: Columns finished before those behind are changed; moves last bits only.
+        block: Columns finished before those behind the block are changed; moves last bits only.
     """
-    sweep = _Sweep.over(weight, upper)
-    sweep.run_(block, block, lambda scores, start: keep[:, start : start + scores.shape[1]])
-    return sweep.pruned()
+    return _sweep(weight, upper, block, block, lambda scores, at: keep[:, at : at + scores.shape[1]])[1]
 
 
 def _in_blocks(pattern: Unstructured) -> Choose:
-    """The choice of one block of columns, such that the counts of all blocks add up to the pattern's exactly."""
+    """Chooses block by block of columns, such that the counts of all blocks add up to the pattern's own."""
 
     def choose(scores: Tensor, start: int) -> Tensor:
         rows, stop = scores.shape[0], start + scores.shape[1]
@@ -99,74 +100,60 @@ def _in_blocks(pattern: Unstructured) -> Choose:
     return choose
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """One pass over the columns of a weight. All is held transposed, so that a column is one run of memory.
+def _sweep(weight: Tensor, upper: Tensor, block: int, width: int, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+    """Go over the columns of an (out, in) weight once, and choose what stays of ``width`` of them at a time.
 
     Args:
-        weight: (in, out) float32, changed as the pass goes on.
-        upper: (in, in) float32 factor of the inverse Hessian.
-        keep: (in, out) bool, known up to where the pass has come.
-        errors: (in, out) float32; 1 / U_cc where a weight of column c goes and 0 elsewhere, as soon as that is known,
-            and once the column is done times the weight that went.
-        losses: (out,) float32, half the squared errors of each row, once the pass is over.
+        upper: (in, in) factor of the inverse Hessian.
+        block: Columns finished before those behind the block are changed; a multiple of ``width``.
+
+    Returns: (out, in) bool mask; (out, in) weight, +0.0 off the mask; (out,) losses of the rows, half the sum of the
+        squared errors of all steps, which estimates half the squared output error per token.
+    """
+    rows, columns = weight.shape
+    left = weight.detach().T.clone(memory_format=torch.contiguous_format)  # so that a column is one run of memory
+    keep = torch.empty_like(left, dtype=torch.bool)
+    losses = torch.zeros_like(left[0])
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        corner = upper[start:stop, start:stop].contiguous()
+        part = _Block(left[start:stop], corner, keep[start:stop], torch.empty_like(left[start:stop]))
+
+        def finish(every: slice, part: _Block = part, start: int = start) -> None:
+            part.walk_(0, part.weight.shape[0], width, lambda scores, at: choose(scores, start + at))
+            losses.add_(part.errors.square().sum(0), alpha=0.5)
+
+        def push(some: slice, part: _Block = part, start: int = start, stop: int = stop) -> None:
+            left[stop:, some].addmm_(upper[start:stop, stop:].mT, part.errors[:, some], alpha=-1)
+
+        for_chunks(finish, 0, rows, rows, weight.device)  # on one core: its steps are too small to share out
+        if stop < columns:
+            for_chunks(push, 0, rows, _ROWS, weight.device)
+    return keep.T.contiguous(), left.masked_fill_(~keep, 0.0).T.contiguous(), losses
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some columns of a weight, which have heard of all columns before them.
+
+    Args:
+        weight: (block, out) float32, changed by the columns as they are done.
+        upper: (block, block) float32, their corner of the factor.
+        keep: (block, out) bool.
+        errors: (block, out) float32. As soon as it is known what stays of a column c, 1 / U_cc where a weight goes and
+            0 elsewhere; once the column is done, times that weight.
     """
 
     weight: Tensor
     upper: Tensor
     keep: Tensor
     errors: Tensor
-    losses: Tensor
 
-    @classmethod
-    def over(cls, weight: Tensor, upper: Tensor) -> _Sweep:
-        """Before the first column of an (out, in) weight, of which it takes a copy."""
-        columns = weight.detach().T.clone(memory_format=torch.contiguous_format)
-        keep = torch.empty_like(columns, dtype=torch.bool)
-        return cls(columns, upper, keep, torch.empty_like(columns), torch.zeros_like(columns[0]))
+    def walk_(self, start: int, stop: int, width: int, choose: Choose | None) -> None:
+        """Do the columns from ``start`` to ``stop``, one half and then the other.
 
-    def run_(self, block: int, width: int, choose: Choose) -> None:
-        """Go over all columns, choosing what stays of ``width`` of them at a time.
-
-        Args:
-            block: Columns finished before those behind the block hear of them; a multiple of ``width``.
-        """
-        columns, rows = self.weight.shape
-        for start in range(0, columns, block):
-            stop = min(start + block, columns)
-
-            def finish(every: slice, start: int = start, stop: int = stop) -> None:
-                self._walk_(start, stop, width, choose)
-                errors = self.errors[start:stop]
-                self.losses.add_(errors.square().sum(0), alpha=0.5)
-
-            def push(part: slice, start: int = start, stop: int = stop) -> None:
-                self._push_(start, stop, columns, part)
-
-            # Steps within a block are small, so that cores would only wait for each other.
-            for_chunks(finish, 0, rows, rows, self.weight.device)
-            if stop < columns:
-                for_chunks(push, 0, rows, _ROWS, self.weight.device)
-
-    def loss(self) -> float:
-        """Estimate of the layer's loss, half the squared output error per token: the sum of all steps' own.
-
-        Raises: CalibrationError if it is not finite, and the weights with it.
-        """
-        loss = math.fsum(self.losses.tolist())
-        if not math.isfinite(loss):
-            raise CalibrationError("SparseGPT left weights that are not finite; raise its option damping")
-        return loss
-
-    def pruned(self) -> Tensor:
-        """(out, in) weight after the pass, +0.0 where weights went. Uses up the pass's own."""
-        return self.weight.masked_fill_(~self.keep, 0.0).T.contiguous()
-
-    def _walk_(self, start: int, stop: int, width: int, choose: Choose | None) -> None:
-        """Do these columns, one half after the other; they have heard already of all columns before them.
-
-        Halving changes each column by the same sums as a loop would that goes on from one to the next, but does most
-        of it in products of matrices.
+        Each column is changed by the same terms as in a loop that tells all columns behind of every single one, but
+        most of them are summed up in products of larger matrices.
         """
         if choose and stop - start <= width:
             self._choose_(start, stop, choose)
@@ -175,18 +162,12 @@ class _Sweep:
             self.errors[start].mul_(self.weight[start])
             return
         middle = start + max(1, (stop - start) // width // 2) * width
-        self._walk_(start, middle, width, choose)
-        self._push_(start, middle, stop, slice(None))
-        self._walk_(middle, stop, width, choose)
+        self.walk_(start, middle, width, choose)
+        self.weight[middle:stop].addmm_(self.upper[start:middle, middle:stop].mT, self.errors[start:middle], alpha=-1)
+        self.walk_(middle, stop, width, choose)
 
     def _choose_(self, start: int, stop: int, choose: Choose) -> None:
-        """Settle which weights of these columns go."""
         scale = self.upper.diagonal()[start:stop, None]
-        scores = self.weight[start:stop].div(scale).square_()
+        scores = self.weight[start:stop].abs().div_(scale)  # roots of the paper's, which rank alike and do not overflow
         keep = self.keep[start:stop].copy_(choose(scores.T, start).T)
         torch.div(~keep, scale, out=self.errors[start:stop])
-
-    def _push_(self, start: int, middle: int, stop: int, rows: slice) -> None:
-        """Change the columns from ``middle`` to ``stop`` to make up for what went in those before ``middle``."""
-        across = self.upper[start:middle, middle:stop].mT
-        self.weight[middle:stop, rows].addmm_(across, self.errors[start:middle, rows], alpha=-1)
