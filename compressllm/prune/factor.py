@@ -38,8 +38,8 @@ def inverse_factor(stats: InputStats, damping: float = 0.01) -> InverseFactor:
     """The factor of the inverse of ``stats.hessian``, made once for all linears that share these statistics.
 
     If float32 does not do with this damping, more is tried, then float64, and last the eigenvalues, the small ones
-    raised. Inputs that were always zero get the damping alone. Holds at most two (in, in) float32 buffers beside the
-    Hessian if the first attempt succeeds. The result is the same for any number of threads.
+    raised. Inputs that were always zero get the damping alone. Beside the Hessian the first attempt holds nothing but
+    the result and a few tiles; float64 takes five times as much. The result is the same for any number of threads.
 
     Raises: CalibrationError if the Hessian has no usable factor at all, or was not collected.
     """
@@ -86,12 +86,13 @@ def _by_cholesky(hessian: Tensor, added: float) -> Tensor | None:
     Read from the last row and column to the first, a lower Cholesky factor is an upper one, ``H = R R^T``. Since
     ``H^-1 = R^-T R^-1``, the factor wanted is R^-1: half the work of inverting first and factoring the inverse.
     """
-    lower = hessian.flip((0, 1)).contiguous()
-    lower.diagonal().add_(added)
-    if not _cholesky_(lower):
+    matrix = hessian.flip((0, 1)).contiguous()
+    matrix.diagonal().add_(added)
+    if not _cholesky_(matrix):
         return None
-    _invert_lower_(lower)
-    return lower.flip((0, 1))
+    _invert_lower_(matrix)
+    _reverse_(matrix)
+    return matrix
 
 
 def _cholesky_(matrix: Tensor) -> bool:
@@ -145,10 +146,27 @@ def _invert_lower_(matrix: Tensor) -> None:
         for_chunks(work, at, size, _TILE, matrix.device)
 
 
+def _reverse_(matrix: Tensor) -> None:
+    """Put the rows and the columns of a square matrix in reverse order, without a second matrix."""
+    size = matrix.shape[0]
+    half = size // 2
+
+    def swap(rows: slice) -> None:
+        upper, lower = matrix[rows], matrix[size - rows.stop : size - rows.start]
+        kept = upper.clone()
+        upper.copy_(lower.flip((0, 1)))
+        lower.copy_(kept.flip((0, 1)))
+
+    # Few rows at a time: a tile of whole rows is large, and not all memory that is freed goes back at once.
+    for_chunks(swap, 0, half, max(1, _TILE // 8), matrix.device)
+    if size % 2:
+        matrix[half] = matrix[half].flip(0)
+
+
 def _by_eigenvalues(hessian: Tensor, floor: float) -> Tensor | None:
     """U for ``hessian`` with its eigenvalues raised to at least ``floor``."""
     try:
-        values, vectors = torch.linalg.eigh(hessian.double())
+        values, vectors = torch.linalg.eigh(hessian.double(), UPLO="U")
         # H^-1 = B^T B with the rows of B the eigenvectors over the roots of their values, so that U is the R of B = QR.
         root = vectors.mT / values.clamp_(min=floor).sqrt()[:, None]
         upper = torch.linalg.qr(root, mode="r").R

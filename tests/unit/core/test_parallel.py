@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from compressllm.core.parallel import map_batches
+from compressllm.core.parallel import for_chunks, map_batches
 
 CPU = torch.device("cpu")
 
@@ -77,3 +77,34 @@ def test_an_error_comes_where_its_result_would_and_ends_the_work(two_threads: No
 def test_elsewhere_than_on_a_cpu_batches_go_one_by_one_in_this_thread(two_threads: None) -> None:
     threads = set(map_batches(lambda batch: threading.get_ident(), 4, torch.device("meta")))
     assert threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "size", "expected"),
+    [
+        (0, 0, 3, []),
+        (2, 2, 3, []),
+        (0, 3, 3, [slice(0, 3)]),
+        (0, 2, 3, [slice(0, 2)]),
+        (1, 8, 3, [slice(1, 4), slice(4, 7), slice(7, 8)]),
+    ],
+    ids=str,
+)
+def test_chunks_cover_the_range(two_threads: None, start: int, stop: int, size: int, expected: list[slice]) -> None:
+    seen: list[slice] = []
+    for_chunks(seen.append, start, stop, size, CPU)
+    assert sorted(seen, key=lambda chunk: chunk.start) == expected
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_chunks_run_in_the_callers_inference_mode(two_threads: None, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        total = torch.zeros(9)
+        for_chunks(lambda chunk: total[chunk].add_(1), 0, 9, 2, CPU)
+    assert total.tolist() == [1.0] * 9
+    assert total.is_inference() == inference
+
+
+def test_a_chunk_that_fails_fails_the_call(two_threads: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        for_chunks(lambda chunk: 1 // (chunk.start - 2), 0, 9, 2, CPU)
