@@ -29,14 +29,15 @@ class SparseGPT:
     """Remove weights column by column, and make up for each by changing those behind it in its row.
 
     score_ij = W_ij^2 / U_jj^2, with U the upper Cholesky factor of the inverse of the damped Hessian and W as changed
-    so far. N:M is chosen group by group, anything else block by block of columns. Unstructured, all rows of a block
-    compete, as in the paper; ``0.5/row`` lets those of a row within the block.
+    so far. N:M is chosen group by group, anything else block by block of columns: all weights of a block compete, as
+    in the paper, and with ``0.5/row`` those of each row in it. Columns are taken in their natural order.
 
-    Columns are taken in their natural order. An input that was always zero is not dropped, as the authors' code
-    does: the damping stands in for its size, so that its weights compete by magnitude.
+    The authors' code zeroes the weights of inputs that were always zero. Here the damping stands in for the size of
+    such inputs, so that their weights compete by magnitude.
 
     Args:
-        block: Columns in which unstructured weights compete at once. A few dozen or more do equally well.
+        block: Columns in which unstructured weights compete at once. In the paper 16 to 1024 do equally well, single
+            columns and the whole matrix worse.
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
 
     Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1.
@@ -54,7 +55,10 @@ class SparseGPT:
             raise ValueError(f"option damping={self.damping:g}: give a share of the mean diagonal above 0, as in 0.01")
 
     def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
-        """Prune, and change what stays to make up for it."""
+        """Prune, and change what stays to make up for it.
+
+        Raises: PatternError for a pattern that does not fit; CalibrationError if the Hessian has no usable factor.
+        """
         if reason := pattern.refuses(weight.shape):
             raise PatternError(reason)
         if not pattern.sparsity:  # nothing to make up for, not even in the last bit
