@@ -48,3 +48,24 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device, *,
 def _drain(waiting: deque[Future[R]]) -> Iterator[R]:
     while waiting:
         yield waiting.popleft().result()
+
+
+def for_chunks(work: Callable[[slice], object], start: int, stop: int, size: int, device: torch.device) -> None:
+    """Run ``work`` on slices of ``start`` to ``stop``, each of ``size`` but the last, as `map_batches` runs batches.
+
+    Chunks do not depend on the number of threads, so neither do the bits of what is computed from them: libraries of
+    linear algebra promise that only as long as the number of threads stays the same.
+
+    Args:
+        work: Changes no memory that another chunk touches; the first chunk is done before the others begin. Runs in
+            the caller's inference mode.
+    """
+    inference = torch.is_inference_mode_enabled()  # which threads do not inherit
+
+    def run(chunk: int) -> None:
+        at = start + chunk * size
+        with torch.inference_mode(inference):
+            work(slice(at, min(at + size, stop)))
+
+    for _ in map_batches(run, -((start - stop) // size), device):
+        pass

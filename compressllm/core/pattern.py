@@ -135,8 +135,8 @@ class Unstructured:
         """(out, in) scores -> (out, in) bool, the exact number of highest scores kept in each group."""
         _check_scores(scores)
         if self.group == "layer":
-            return _keep_rows(scores.reshape(1, -1), self.removed_of(scores.numel())).view(scores.shape)
-        return _keep_rows(scores, self.removed_of(scores.shape[1]))
+            return keep_rows(scores.reshape(1, -1), self.removed_of(scores.numel())).view(scores.shape)
+        return keep_rows(scores, self.removed_of(scores.shape[1]))
 
     def violations(self, keep: Tensor) -> int:
         """Number of groups that keep more than the pattern allows."""
@@ -166,8 +166,8 @@ def _check_scores(scores: Tensor) -> None:
         raise PatternError("scores hold NaN: the weights or their input statistics are not finite")
 
 
-def _keep_rows(scores: Tensor, remove: int) -> Tensor:
-    """Remove exactly ``remove`` of each row's lowest scores, the lower column first among equals."""
+def keep_rows(scores: Tensor, remove: int) -> Tensor:
+    """(rows, n) scores -> bool: exactly ``remove`` of each row's lowest go, the lower column first among equals."""
     if remove == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(remove, dim=1, keepdim=True).values

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from compressllm.core.parallel import map_batches
+from compressllm.core.parallel import for_chunks, map_batches
 
 CPU = torch.device("cpu")
 
@@ -91,3 +91,34 @@ def test_in_rounds_nothing_runs_while_a_result_is_with_the_caller(two_threads: N
         assert running._value == 2
         seen.append(result)
     assert seen == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "size", "expected"),
+    [
+        (0, 0, 3, []),
+        (2, 2, 3, []),
+        (0, 3, 3, [slice(0, 3)]),
+        (0, 2, 3, [slice(0, 2)]),
+        (1, 8, 3, [slice(1, 4), slice(4, 7), slice(7, 8)]),
+    ],
+    ids=str,
+)
+def test_chunks_cover_the_range(two_threads: None, start: int, stop: int, size: int, expected: list[slice]) -> None:
+    seen: list[slice] = []
+    for_chunks(seen.append, start, stop, size, CPU)
+    assert sorted(seen, key=lambda chunk: chunk.start) == expected
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_chunks_run_in_the_callers_inference_mode(two_threads: None, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        total = torch.zeros(9)
+        for_chunks(lambda chunk: total[chunk].add_(1), 0, 9, 2, CPU)
+    assert total.tolist() == [1.0] * 9
+    assert total.is_inference() == inference
+
+
+def test_a_chunk_that_fails_fails_the_call(two_threads: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        for_chunks(lambda chunk: 1 // (chunk.start - 2), 0, 9, 2, CPU)
