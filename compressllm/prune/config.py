@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from compressllm.calibration.config import CalibrationConfig
-from compressllm.core.config import Config, Device, Dtype, Pattern, method_of
+from compressllm.core.config import Config, Device, Dtype, Pattern, PatternOrDense, method_of
 from compressllm.core.pattern import NM
-from compressllm.core.protocols import PRUNERS
+from compressllm.core.protocols import ALLOCATORS, PRUNERS
 
 
 class PruneConfig(Config):
@@ -17,6 +17,10 @@ class PruneConfig(Config):
     """How weights are chosen: a name from `compressllm list pruners`, or {name: {option: value}}."""
     pattern: Pattern = NM(2, 4)
     """What stays: N:M as in 2:4 (keep 2 of every 4), or the fraction removed as in 0.5, 0.5/row, 0.5/layer."""
+    allocation: method_of(ALLOCATORS) = "uniform"  # type: ignore[valid-type]
+    """How a fraction is spread over the linears: a name from `compressllm list allocators`, or with its options."""
+    patterns: dict[str, PatternOrDense] = Field(default_factory=dict)
+    """Patterns of single linears by glob, the first that matches: {'*.down_proj': '4:8', 'model.layers.0.*': dense}."""
     skip: tuple[str, ...] = ()
     """Globs of linears to leave dense, as in '*.o_proj' or 'model.layers.0.*'."""
     calibration: CalibrationConfig = CalibrationConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.protocols import PRUNERS, Pruned, Pruner
+from compressllm.core.protocols import ALLOCATORS, PRUNERS, Pruned, Pruner
 from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
-from compressllm.models.record import FolderRecord, LiveRecord, Record, Rows
+from compressllm.models.record import FolderRecord, LiveRecord, Record, Rows, computed_on
 from compressllm.models.weights import Weights
+from compressllm.prune.allocation import allocate
+from compressllm.prune.apportion import Shape
 from compressllm.prune.config import PruneConfig
+from compressllm.prune.dense import check_finite, dense_pass
 from compressllm.prune.plan import make_plan
 
 
@@ -36,13 +40,30 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     """
     config, run = config or PruneConfig(), run or Run()
     pruner = build(PRUNERS, config.method, {"seed": run.seed})
-    plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
-    windows = _windows(bundle, config, run) if pruner.needs else None
-    device, dtype = _compute(bundle, config)
-    record = _open_record(bundle, config, run, plan, windows, dtype, device)
-    options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
-
+    allocator = build(ALLOCATORS, config.allocation)
+    asked = make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
+    windows = _windows(bundle, config, run) if pruner.needs | allocator.needs else None
     ids = windows.ids if windows else None
+    device, dtype = _compute(bundle, config)
+    options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
+    fingerprint = {
+        "settings": config.model_dump(mode="json"),
+        "seed": run.seed,
+        "calibration text": windows.sha256 if windows else None,
+    }
+    settled = allocate(
+        asked,
+        {name: _shape(bundle, name) for name in asked},
+        config,
+        allocator,
+        partial(dense_pass, bundle, asked, allocator.needs, ids, dtype, options, run),
+        run,
+        fingerprint | computed_on(bundle.checkpoint, dtype, device),
+    )
+    plan = settled.patterns
+    record = _open_record(bundle, run, plan, fingerprint, dtype, device)
+
+    ids = ids if pruner.needs else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
         masks, rows = _prune_block(block, pruner, plan, record.weights, run)
@@ -54,6 +75,8 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     run.metrics.update(
         linears=len(plan),
         sparsity=pruned_bundle.masks.sparsity(),
+        asked_sparsity=settled.asked,
+        allocation=dict(settled.notes) or None,
         masks_sha256=pruned_bundle.masks.sha256(),
         calibration=windows.facts() if windows else None,
         dtype=str(dtype).removeprefix("torch."),
@@ -69,7 +92,7 @@ def _prune_block(
     """Prune the planned linears of a block, in place; their masks, and a row of facts for each."""
     planned = [name for name in block.linears if name in plan]
     for name in planned:
-        _check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
+        check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
     stats = block.collect(pruner.needs)
     masks, rows = {}, []
     for name in planned:
@@ -83,6 +106,11 @@ def _prune_block(
         rows.append(_row(name, weight, pruned, seen, plan[name]))
         weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
     return masks, rows
+
+
+def _shape(bundle: Bundle, name: str) -> Shape:
+    out, columns = bundle.model.get_parameter(f"{name}.weight").shape
+    return out, columns
 
 
 def _compute(bundle: Bundle, config: PruneConfig) -> tuple[torch.device, torch.dtype]:
@@ -111,10 +139,9 @@ def _windows(bundle: Bundle, config: PruneConfig, run: Run) -> Windows:
 
 def _open_record(
     bundle: Bundle,
-    config: PruneConfig,
     run: Run,
     plan: dict[str, SparsityPattern],
-    windows: Windows | None,
+    fingerprint: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Record:
@@ -122,19 +149,7 @@ def _open_record(
         return LiveRecord(bundle, plan)
     if run.folder is None:
         raise FormatError("pruning a checkpoint writes a checkpoint: give the run a folder")
-    fingerprint = {
-        "settings": config.model_dump(mode="json"),
-        "seed": run.seed,
-        "calibration text": windows.sha256 if windows else None,
-    }
     return FolderRecord(bundle, plan, run.folder, fingerprint, dtype, device)
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if weight.sum().isfinite():  # one pass; NaN and infinity never leave a sum
-        return
-    if bad := int(weight.isfinite().logical_not_().count_nonzero()):
-        raise FormatError(f"{name}.weight: holds {bad} values that are not finite")
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:
