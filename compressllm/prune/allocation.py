@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from compressllm.core.errors import RecipeError
 from compressllm.core.pattern import SparsityPattern, Unstructured
-from compressllm.core.protocols import Allocation, Allocator, DensePass
+from compressllm.core.protocols import Allocation, Allocator, DenseLinear
 from compressllm.core.run import Run, write_json
 from compressllm.prune.apportion import Shape, apportion, asked_sparsity, planned_sparsity
 from compressllm.prune.config import PruneConfig
@@ -45,7 +46,7 @@ def allocate(
     shapes: Mapping[str, Shape],
     config: PruneConfig,
     allocator: Allocator,
-    dense: DensePass,
+    dense: Callable[[Collection[str]], Iterator[tuple[str, Mapping[str, DenseLinear]]]],
     run: Run,
     fingerprint: Mapping[str, Any],
 ) -> Plan:
@@ -54,6 +55,7 @@ def allocate(
     Args:
         asked: Linear name -> pattern, as `make_plan` gives it.
         shapes: Linear name -> (out, in).
+        dense: Walks the dense model once, showing the linears it is given the names of.
         fingerprint: Everything the allocation depends on. One that is kept in ``run.folder`` with the same is taken.
 
     Raises: RecipeError for an N:M pattern and an allocator that is not uniform.
@@ -68,7 +70,7 @@ def allocate(
             )
         sizes = {name: math.prod(shapes[name]) for name in asked if first_match(name, config.patterns) is None}
         if sizes:
-            made = _kept(run.folder, fingerprint) or allocator.allocate(dense, sizes, pattern.sparsity)
+            made = _kept(run.folder, fingerprint) or allocator.allocate(partial(dense, sizes), sizes, pattern.sparsity)
             _keep(run.folder, fingerprint, made)
             notes = dict(made.notes)
             group = {name: one.group for name, one in asked.items() if isinstance(one, Unstructured)}

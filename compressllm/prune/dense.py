@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -20,12 +20,12 @@ from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
 
 def dense_pass(
     bundle: Bundle,
-    names: Mapping[str, object],
     needs: frozenset[Need],
     windows: Tensor | None,
     dtype: torch.dtype,
     options: WalkOptions,
     run: Run,
+    names: Collection[str],
 ) -> Iterator[tuple[str, Mapping[str, DenseLinear]]]:
     """Yield each block's name and those of its linears that are in ``names``; they are valid until the next.
 

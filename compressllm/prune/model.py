@@ -56,7 +56,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         {name: _shape(bundle, name) for name in asked},
         config,
         allocator,
-        partial(dense_pass, bundle, asked, allocator.needs, ids, dtype, options, run),
+        partial(dense_pass, bundle, allocator.needs, ids, dtype, options, run),
         run,
         fingerprint | computed_on(bundle.checkpoint, dtype, device),
     )
