@@ -24,7 +24,7 @@ def apportion(plan: Mapping[str, SparsityPattern], shapes: Mapping[str, Shape]) 
 
     A fraction of a row is seldom whole: 0.6 of 576 is 345.6. Wanda's and SparseGPT's codes round down, which removes
     0.1 % too little at that width. Here some linears round down and others up, alternating front to back, so that
-    the total comes as near to what was asked as whole weights of each row let it: a few weights, where linears differ in their numbers of rows.
+    the total comes as near to what was asked as whole weights of each row let it.
 
     Args:
         plan: Linear name -> pattern, groups filled in.

@@ -69,7 +69,8 @@ def test_the_mean_holds_where_sparsities_are_clipped(sparsity: float) -> None:
     weights = [100, 300, 200, 50]
     shares = spread_around(sparsity, [0.01, 0.03, 0.02, 0.07], weights, 0.2)
     assert np.average(shares, weights=weights) == pytest.approx(sparsity, abs=1e-9)
-    assert min(shares) >= 0 and max(shares) <= max(0.99, sparsity)
+    assert min(shares) >= 0
+    assert max(shares) <= max(0.99, sparsity)
 
 
 def test_blocks_with_equal_outliers_get_the_same() -> None:
@@ -81,7 +82,12 @@ def test_outliers_are_counted_over_the_whole_block() -> None:
     weights = [torch.randn(6, 10, generator=generator), 3 * torch.randn(4, 10, generator=generator)]
     sqnorm = torch.rand(10, generator=generator)
     linears = {str(i): DenseLinear(lambda w=w: w, InputStats(1, sqnorm=sqnorm)) for i, w in enumerate(weights)}
-    scores = [abs(w) * s**0.5 for weight in weights for row in weight.tolist() for w, s in zip(row, sqnorm.tolist())]
+    scores = [
+        abs(w) * s**0.5
+        for weight in weights
+        for row in weight.tolist()
+        for w, s in zip(row, sqnorm.tolist(), strict=True)
+    ]
     expected = sum(score > 1.5 * sum(scores) / len(scores) for score in scores) / len(scores)
     assert 0 < expected < 1
     assert OWL(threshold=1.5).outlier_share(linears) == expected
