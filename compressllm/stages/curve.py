@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
-_WIDTH, _HEIGHT = 720, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 60, 60  # margins
+_WIDTH, _HEIGHT = 720, 456
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 76, 60  # margins
 _STEPS: Final = ((1, 10), (1, 3, 10), (1, 2, 5, 10), (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
 
 # How far above the dense loss the axis goes, in nats; ruined models beyond it are drawn at its end.
@@ -85,7 +85,7 @@ def sweep_svg(points: Sequence[Mapping[str, Any]], knee: Mapping[str, Any], titl
         label = escape(f"{point['pattern']}: perplexity {_perplexity(point['nll'])}")
         if ":" in point["pattern"]:
             parts.append(f'<path class="other" d="M{across} {down - 6}l6 6l-6 6l-6 -6z"><title>{label}</title></path>')
-            parts.append(_text(across + 9, down + 4, point["pattern"], "start", "small"))
+            parts.append(_text(across - 9, down + 4, point["pattern"], "end", "small"))
         else:
             parts.append(f'<circle class="point" cx="{across}" cy="{down}" r="3.5"><title>{label}</title></circle>')
     return "\n".join([*parts, *_knees(knee, x, y, base), "</svg>", ""])
@@ -99,7 +99,7 @@ def _knees(knee: Mapping[str, Any], x: Any, y: Any, base: float) -> list[str]:
             names.setdefault((point["sparsity"], point["nll"]), []).append(kind)
     parts = []
     for row, ((sparsity, loss), kinds) in enumerate(sorted(names.items())):
-        at, top = x(sparsity), _TOP - 16 + 13 * (row % 2)
+        at, top = x(sparsity), 46 + 13 * row
         side = "end" if at > _WIDTH / 2 else "start"
         shift = -4 if side == "end" else 4
         parts += [

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,9 +74,10 @@ def _sweep(model: str, bundle: Bundle, config: SweepConfig, out: Path, run: Run)
     result = _begin_or_take_up(model, bundle, config, out, run)
     points: list[SparsityPattern] = [Unstructured(0.0), *config.points]
     for index, pattern in enumerate(points):
+        at = replace(run, show=_labelled(run.show, f"{pattern}: " if index else "dense: "))
         folder = out / f"point-{index:02d}"
         if index >= len(result["points"]):
-            point, protocol = _point(bundle, pattern, config, folder, run)
+            point, protocol = _point(bundle, pattern, config, folder, at)
             if protocol["ids_sha256"] != result.setdefault("protocol", protocol)["ids_sha256"]:
                 raise RunError(f"{out}: was begun with another evaluation text; restore it, or give a new folder")
             result["points"].append(point)
@@ -171,6 +173,10 @@ def find_knees(points: list[dict[str, Any]], rise: float) -> dict[str, Any]:
         "perplexity": _place(points[last_within(sparsities, perplexities, perplexities[0], rise)]),
         "chord": None if bend is None else _place(curve[bend]),
     }
+
+
+def _labelled(show: Track, before: str) -> Track:
+    return lambda items, total, label: show(items, total, before + label)
 
 
 def _place(point: dict[str, Any]) -> dict[str, Any]:

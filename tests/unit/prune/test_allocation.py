@@ -42,11 +42,6 @@ def wide(build_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-def linears_of(*weights: Tensor) -> dict[str, DenseLinear]:
-    ones = InputStats(1, sqnorm=torch.ones(weights[0].shape[1]))
-    return {str(i): DenseLinear(lambda weight=weight: weight, ones) for i, weight in enumerate(weights)}
-
-
 def settings(ids: str, **more: Any) -> PruneConfig:
     return PruneConfig(**{"calibration": {"source": ids}, "dtype": "float32", "pattern": "0.6"} | more)
 
@@ -143,7 +138,7 @@ def test_global_magnitude_prunes_by_one_threshold(wide: PreTrainedModel) -> None
 # --- through prune_model ---
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "owl"])
+@pytest.mark.parametrize("allocation", ALLOCATORS.names())
 @pytest.mark.parametrize("pattern", ["0.333", "0.55", "0.6/row", "0.7/layer"])
 def test_the_achieved_sparsity_is_the_one_asked_for(
     wide: PreTrainedModel, ids: str, allocation: str, pattern: str

@@ -41,9 +41,9 @@ def stop_at(point: int) -> Any:
 
     def show(items: Any, total: int, label: str) -> Iterator[Any]:
         nonlocal begun
-        begun += label == "pruning"
+        begun += label.endswith(": pruning")
         for index, item in enumerate(items):
-            if label == "pruning" and begun == point and index == 2:
+            if label.endswith(": pruning") and begun == point and index == 2:
                 raise KeyboardInterrupt
             yield item
 
