@@ -27,28 +27,21 @@ def test_allocator_keeps_its_contract(name: str, sparsity: float, equal: bool) -
     weights = {linear: weight(linear, equal) for linear in SHAPES}
     before = {linear: one.clone() for linear, one in weights.items()}
     allocator = build(ALLOCATORS, name)
-    only = {need: True for need in allocator.needs}
 
     def dense() -> Iterator[tuple[str, Mapping[str, DenseLinear]]]:
         for block in "012":
-            alive = [True]
+            turn = {"block": block}
 
-            def read(linear: str, alive: list[bool] = alive) -> torch.Tensor:
-                assert alive[0], "a linear was read after its block's turn"
-                return weights[linear]
+            def linear_of(name: str, turn: dict[str, str] = turn) -> DenseLinear:
+                def read() -> torch.Tensor:
+                    assert turn, "a linear was read after its block's turn"
+                    return weights[name]
 
-            yield (
-                block,
-                {
-                    linear: DenseLinear(
-                        lambda linear=linear, read=read: read(linear),
-                        InputStats(3, **{need: torch.ones(columns) for need in only}),
-                    )
-                    for linear, (_, columns) in SHAPES.items()
-                    if linear[0] == block
-                },
-            )
-            alive[0] = False
+                ones = torch.ones(SHAPES[name][1])
+                return DenseLinear(read, InputStats(3, **dict.fromkeys(allocator.needs, ones)))
+
+            yield block, {name: linear_of(name) for name in SHAPES if name[0] == block}
+            turn.clear()
 
     sizes = {linear: one.numel() for linear, one in weights.items()}
     made, again = (allocator.allocate(dense, sizes, sparsity) for _ in range(2))

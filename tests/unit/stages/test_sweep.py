@@ -18,6 +18,7 @@ from compressllm.prune.model import prune_model
 from compressllm.stages import sweep
 from compressllm.stages.curve import sweep_svg
 from compressllm.stages.evaluate import measure
+from compressllm.stages.folder import lock_folder
 from compressllm.stages.recipe import make_config
 from compressllm.stages.sweep import find_knees, prune_config, sweep_model
 from compressllm.stages.sweepconfig import SweepConfig, parse_points
@@ -135,6 +136,12 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(RunError, match=r"sweep\.json: is damaged"):
         same(settings(), tmp_path)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"), pytest.raises(RunError, match="is in use by another run"):
+        same(settings(), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_sweep_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
