@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compressllm.models.loading import load_model as load_model
     from compressllm.prune.model import prune_model as prune_model
     from compressllm.stages.runner import run_recipe as run_recipe
+    from compressllm.stages.sweep import sweep_model as sweep_model
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOME_OF = {
     "perplexity": "compressllm.eval.perplexity",
     "prune_model": "compressllm.prune.model",
     "run_recipe": "compressllm.stages.runner",
+    "sweep_model": "compressllm.stages.sweep",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli import evaluate, export, generate, inspection, listing, prune, recipe, run
+from compressllm.cli import evaluate, export, generate, inspection, listing, prune, recipe, run, sweep
 from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(run.run)
 app.command()(prune.prune)
+app.command()(sweep.sweep)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.cli.arguments import AsJson, Data, Device, DType, Model, Out, Resume, Seed
 from compressllm.cli.output import flag, given
@@ -21,6 +23,11 @@ def prune(
     samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
     seed: Seed = 0,
+    allocation: Annotated[str | None, flag(PruneConfig, "allocation")] = None,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--layer-pattern", help="GLOB=PATTERN or GLOB=dense, for some linears. May be repeated."),
+    ] = None,
     skip: Annotated[list[str] | None, flag(PruneConfig, "skip", "May be repeated.")] = None,
     order: Annotated[str | None, flag(PruneConfig, "order")] = None,
     dtype: DType = None,
@@ -32,7 +39,18 @@ def prune(
     from compressllm.stages.recipe import make_recipe, method_spec
 
     settings = given(method=method_spec(method), pattern=pattern, masks=masks, skip=skip, order=order)
+    settings |= given(allocation=method_spec(allocation), patterns=_by_glob(patterns) or None)
     settings |= given(dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
     run_and_print(recipe, out, resume, as_json)
+
+
+def _by_glob(texts: list[str] | None) -> dict[str, str]:
+    from compressllm.core.errors import RecipeError
+
+    parts = [text.rpartition("=") for text in texts or ()]
+    for glob, _, pattern in parts:
+        if not glob:
+            raise RecipeError(f"--layer-pattern {pattern}: write GLOB=PATTERN, as in '*.down_proj=4:8'")
+    return {glob: pattern for glob, _, pattern in parts}

@@ -37,6 +37,16 @@ Pattern = Annotated[
 ]
 
 
+def _pattern_or_dense(value: Any) -> Any:
+    return value if value == "dense" else _pattern(value)
+
+
+#: A sparsity pattern, or ``dense``.
+PatternOrDense = Annotated[
+    Any, BeforeValidator(_pattern_or_dense), PlainSerializer(str), WithJsonSchema({"type": ["string", "number"]})
+]
+
+
 def name_in(registry: Registry[Any], *others: str) -> Any:
     """Annotation of a field that holds a name from ``registry``, or one of ``others``."""
 

@@ -64,6 +64,55 @@ class Pruner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DenseLinear:
+    """One linear before anything of the model is pruned.
+
+    Args:
+        read: Gives its (out, in) weight in float32, read anew at every call. Not to be changed.
+        stats: Statistics of its inputs, those the method `needs`.
+    """
+
+    read: Callable[[], Tensor]
+    stats: InputStats
+
+
+#: One pass over the dense model, front to back: for each block its name and its linears, valid until the next block.
+DensePass = Callable[[], Iterator[tuple[str, Mapping[str, DenseLinear]]]]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a sparsity is spread over a model.
+
+    Args:
+        sparsity: Linear name -> fraction removed.
+        notes: What it rests on, as plain data for the manifest.
+    """
+
+    sparsity: Mapping[str, float]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Allocator(Protocol):
+    """Spreads an unstructured sparsity over the linears of a model, so that their weighted mean is what was asked."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Input statistics of the dense model it reads; without any, a pass computes nothing but reads weights."""
+        ...
+
+    def allocate(self, dense: DensePass, sizes: Mapping[str, int], sparsity: float) -> Allocation:
+        """Linear name -> sparsity, of every linear in ``sizes``.
+
+        Args:
+            dense: Walks the dense model once at every call; not called by a method that looks at nothing.
+            sizes: Linear name -> number of weights, front to back.
+            sparsity: Fraction to remove of all of them together.
+        """
+        ...
+
+
 class Format(Protocol):
     """How a pruned linear's weight lies on disk.
 
@@ -121,13 +170,15 @@ class Backend(Protocol):
 
 SOURCES: Registry[TextSource] = Registry("text source", "compressllm.calibration")
 PRUNERS: Registry[Pruner] = Registry("pruner", "compressllm.prune")
+ALLOCATORS: Registry[Allocator] = Registry("allocator", "compressllm.prune")
 FORMATS: Registry[Format] = Registry("format", "compressllm.export")
 BACKENDS: Registry[Backend] = Registry("backend", "compressllm.kernels")
 
-REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Format: FORMATS, Backend: BACKENDS})
+REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Allocator: ALLOCATORS, Format: FORMATS, Backend: BACKENDS})
 
 #: The registries by the name ``compressllm list`` takes.
 REGISTRIES: dict[str, Registry[Any]] = {
+    "allocators": ALLOCATORS,
     "backends": BACKENDS,
     "formats": FORMATS,
     "pruners": PRUNERS,

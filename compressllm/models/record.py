@@ -101,8 +101,7 @@ class FolderRecord:
         if lost := bundle.patterns.keys() - patterns.keys() - bundle.masks.keys():
             raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
         self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / JOURNAL
-        computed = {"dtype": str(dtype), "device": device.type, "source": _identity(self._source)}
-        self._fingerprint = json.loads(json.dumps({**fingerprint, **computed}))
+        self._fingerprint = json.loads(json.dumps({**fingerprint, **computed_on(self._source, dtype, device)}))
         self._blocks, self.rows = self._resume()
         self.done = len(self._blocks)
         self._work.mkdir(exist_ok=True)
@@ -212,6 +211,11 @@ class FollowingRecord:
         """Open the checkpoint that the first rank has put into place."""
         self._out.close()
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
+
+
+def computed_on(source: Checkpoint | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What results depend on besides settings and text; part of a fingerprint."""
+    return {"dtype": str(dtype), "device": device.type, "source": _identity(source) if source else None}
 
 
 def _identity(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -75,7 +75,7 @@ class StreamedWeights:
     Args:
         model: Its skeleton; a module's parameters are real between load_ and release_.
         source: Where weights come from.
-        out: Receives finished blocks, under the checkpoint's names.
+        out: Receives finished blocks, under the checkpoint's names; None if nothing is ever finished.
         finished: Paths of the blocks that ``out`` holds already; these are read from it.
         dtype: Dtype of the parameters while they are real; what is written keeps the stored dtype.
         device: Where parameters are put.
@@ -85,7 +85,7 @@ class StreamedWeights:
         self,
         model: PreTrainedModel,
         source: Checkpoint,
-        out: ShardWriter,
+        out: ShardWriter | None,
         finished: set[str],
         dtype: torch.dtype,
         device: torch.device,
@@ -104,7 +104,7 @@ class StreamedWeights:
 
     def load_(self, name: str) -> None:
         """Read the module's tensors and put them on the device."""
-        read = self._out.read if name in self.finished else self._source.read
+        read = self._written.read if name in self.finished else self._source.read
         for key in self._inside(name):
             self._held[key] = read(self._stored_name[key])
             place_(self._model, key, self._held[key], self._dtype, self._device)
@@ -137,8 +137,8 @@ class StreamedWeights:
     def finish_(self, name: str) -> None:
         """Write a loaded block's tensors out and sync them to disk."""
         for key in self._inside(name):
-            self._out.write(self._stored_name[key], self._held[key])
-        self._out.sync()
+            self._written.write(self._stored_name[key], self._held[key])
+        self._written.sync()
         self.finished.add(name)
 
     def finish_rest_(self) -> None:
@@ -146,8 +146,14 @@ class StreamedWeights:
         inside = {self._stored_name[key] for name in self.finished for key in self._inside(name)}
         for name in self._source.specs:
             if name not in inside:
-                self._out.write(name, self._source.read(name))
-        self._out.sync()
+                self._written.write(name, self._source.read(name))
+        self._written.sync()
+
+    @property
+    def _written(self) -> ShardWriter:
+        if self._out is None:
+            raise TypeError("these weights are only read")
+        return self._out
 
     def _inside(self, name: str) -> list[str]:
         return [key for key in self._stored_name if key.startswith(f"{name}.")]

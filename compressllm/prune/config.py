@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from compressllm.calibration.config import CalibrationConfig
-from compressllm.core.config import Config, Device, Dtype, Pattern, method_of
+from compressllm.core.config import Config, Device, Dtype, Pattern, PatternOrDense, method_of
 from compressllm.core.pattern import NM
-from compressllm.core.protocols import PRUNERS
+from compressllm.core.protocols import ALLOCATORS, PRUNERS
 
 
 class PruneConfig(Config):
@@ -21,6 +21,10 @@ class PruneConfig(Config):
     """What stays: N:M as in 2:4 (keep 2 of every 4), or the fraction removed as in 0.5, 0.5/row, 0.5/layer."""
     masks: str | None = None
     """A pruned checkpoint whose masks a refiner starts from, in place of its initial pruner's; their pattern stays."""
+    allocation: method_of(ALLOCATORS) = "uniform"  # type: ignore[valid-type]
+    """How a fraction is spread over the linears: a name from `compressllm list allocators`, or with its options."""
+    patterns: dict[str, PatternOrDense] = Field(default_factory=dict)
+    """Patterns of single linears by glob, the first that matches: {'*.down_proj': '4:8', 'model.layers.0.*': dense}."""
     skip: tuple[str, ...] = ()
     """Globs of linears to leave dense, as in '*.o_proj' or 'model.layers.0.*'."""
     calibration: CalibrationConfig = CalibrationConfig()

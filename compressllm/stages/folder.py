@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -43,16 +45,7 @@ class RunFolder:
             raise RunError(f"{path}: holds {held[0]} and is not a run folder; give a new or empty folder")
         if held and not resume:
             raise RunError(f"{path}: holds a run already; give a new folder, or --resume to go on with it")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it if the process dies
-        except OSError:
-            os.close(self._lock)
-            raise RunError(f"{path}: is in use by another run; wait for it or give another folder") from None
+        self._lock = _take_lock(path)
         try:
             self.manifest = self._take_up(recipe) if held else self._begin(recipe, source)
         except BaseException:
@@ -97,7 +90,7 @@ class RunFolder:
             if not (self.path / MODEL).exists():
                 (self.path / last["model"]).replace(self.path / MODEL)
             last["model"] = MODEL
-        self.manifest["finished"] = _now()
+        self.manifest["finished"] = now()
         write_json(self.path / MANIFEST, self.manifest)
 
     def model_of(self, entry: dict[str, Any]) -> Path:
@@ -114,7 +107,7 @@ class RunFolder:
             "model": recipe.model,
             "source": source,
             "seed": recipe.seed,
-            "begun": _now(),
+            "begun": now(),
             "finished": None,
             "environment": environment(),
             "stages": [],
@@ -136,5 +129,35 @@ class RunFolder:
         return manifest
 
 
-def _now() -> str:
+@contextlib.contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Hold a folder, made if it is not there, against another process.
+
+    Raises: RunError if it is in use or cannot be written.
+    """
+    lock = _take_lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+        (path / ".lock").unlink(missing_ok=True)
+
+
+def _take_lock(path: Path) -> int:
+    """Descriptor of the folder's lock; the folder is made. Raises RunError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it if the process dies
+    except OSError:
+        os.close(lock)
+        raise RunError(f"{path}: is in use by another run; wait for it or give another folder") from None
+    return lock
+
+
+def now() -> str:
+    """The time, as the manifest has it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -52,8 +52,9 @@ def _plan_prune(bundle: Bundle, config: PruneConfig) -> str:
 
     pruner = build(PRUNERS, config.method)
     given = open_given(config, pruner, bundle)
-    plan = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group)
-    return f"{config.method}, {len(plan)} linears to {next(iter(plan.values()))}"
+    plan = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
+    patterns = ", ".join(dict.fromkeys(str(pattern) for pattern in plan.values()))
+    return f"{config.method}, {len(plan)} linears to {patterns}"
 
 
 def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:

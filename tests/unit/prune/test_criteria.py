@@ -6,7 +6,7 @@ from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
 from compressllm.core.stats import InputStats, StatsAccumulator
-from compressllm.prune.model import relative_error
+from compressllm.prune.block import relative_error
 
 NOTHING = InputStats(tokens=0)
 

@@ -11,8 +11,8 @@ from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
 from compressllm.core.stats import InputStats
 from compressllm.prune import factor, sparsegpt
+from compressllm.prune.block import relative_error
 from compressllm.prune.factor import inverse_factor
-from compressllm.prune.model import relative_error
 from compressllm.prune.sparsegpt import SparseGPT, compensate
 
 ROWS, COLUMNS = 10, 24

@@ -1,0 +1,99 @@
+"""Prune the linears of one block from statistics of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressllm.calibration.walker import Block
+from compressllm.core.pattern import SparsityPattern
+from compressllm.core.protocols import Pruned
+from compressllm.core.run import Run
+from compressllm.core.stats import InputStats, Need
+from compressllm.models.record import Rows
+from compressllm.models.weights import Weights
+from compressllm.prune.dense import check_finite
+from compressllm.prune.sharing import assign_linears, gather_linears_
+
+_ERROR_ROWS = 256  # of which the error is taken: of all, that would cost more than the solvers
+
+
+def prune_block(
+    block: Block,
+    plan: Mapping[str, SparsityPattern],
+    needs: frozenset[Need],
+    solve: Callable[[str, Tensor, InputStats], Pruned],
+    order: str,
+    weights: Weights,
+    run: Run,
+) -> tuple[dict[str, Tensor], Rows]:
+    """Prune the planned linears of a block, in place; their masks, and a row of facts for each.
+
+    Args:
+        needs: Input statistics that ``solve`` reads.
+        solve: From a linear's name, (out, in) float32 weight and statistics to its pruned weight.
+        order: ``parallel`` or ``sequential``, see `PruneConfig`.
+
+    Raises: FormatError for weights that are not finite; CalibrationError; UnsupportedModelError.
+    """
+    planned = [name for name in block.linears if name in plan]
+    for name in planned:
+        check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
+    masks: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for stats in block.collect_in_turn(needs) if order == "sequential" else (block.collect(needs),):
+        turn = [name for name in planned if name in stats]
+        owner = assign_linears({name: block.linears[name].weight.shape for name in turn}, stats, run.ranks.size)
+        own = {name: stats[name] for name in turn if owner[name] == run.ranks.rank}
+        stats.clear()  # what others prune is freed now, and each input of ours with the last linear that has it
+        own_masks: dict[str, Tensor] = {}
+        own_rows: Rows = []
+        for name in list(own):
+            seen = own.pop(name)
+            weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
+            with torch.inference_mode():
+                pruned = solve(name, weight, seen)
+            own_masks[name] = pruned.keep
+            own_rows.append(_row(name, weight, pruned, seen, plan[name]))
+            weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
+            del seen, pruned
+        all_masks, all_rows = gather_linears_(run.ranks, owner, own_masks, own_rows, weights, block.device)
+        masks |= all_masks
+        rows |= {row["linear"]: row for row in all_rows}
+    for row in rows.values():
+        if "fallback" in row:
+            run.warn(f"{row['linear']}: {row['fallback']}")
+    return masks, [rows[name] for name in planned]
+
+
+def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:
+    return {
+        "linear": name,
+        "pattern": str(pattern),
+        "sparsity": 1.0 - int(pruned.keep.count_nonzero()) / pruned.keep.numel(),
+        "tokens": stats.tokens,
+        "error": relative_error(weight, pruned.weight, stats),
+        **pruned.notes,
+        **({"fallback": pruned.fallback} if pruned.fallback else {}),
+    }
+
+
+def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
+    """Squared output error over squared output, ``tr(D G D^T) / tr(W G W^T)``, of at most 256 rows spread evenly.
+
+    With mean squares alone, G is taken as diagonal; with no statistics, as the identity. All (out, in) float32.
+    """
+    every = -(-weight.shape[0] // _ERROR_ROWS)
+    weight, pruned = weight[::every], pruned[::every]
+
+    def energy(matrix: Tensor) -> float:
+        if stats.hessian is not None:
+            return float(((matrix @ stats.hessian) * matrix).sum())
+        squares = matrix.square()
+        return float((squares @ stats.sqnorm).sum() if stats.sqnorm is not None else squares.sum())
+
+    whole = energy(weight)
+    return energy(weight - pruned) / whole if whole else 0.0
