@@ -64,6 +64,7 @@ class ADMM:
     @torch.no_grad()
     def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
         """Search, then refit on the mask that the search ends with."""
+        weight = weight.contiguous()  # another layout is summed in another order
         hessian = shared_hessian(stats, self.damping)
         search = Search(weight * hessian.scale, pattern)
         iterations, moved = 0, 1.0
@@ -127,7 +128,7 @@ class Search:
         rescale = (self.penalty or penalty) / penalty  # U is the dual variable over ρ
         self.penalty = penalty
         largest = selection(self.pattern, self.both)
-        moved = torch.zeros((), dtype=torch.int64, device=self.dense.device)
+        moved: list[Tensor] = []  # from several threads
 
         def work(rows: slice) -> None:
             dense, both = self.dense[rows], self.both[rows]  # views: `both` changes in place
@@ -137,7 +138,7 @@ class Search:
                 both.sub_(sparse)  # U
                 if step == 0:
                     both.mul_(rescale)
-                    moved.add_((keep & ~self.keep[rows]).count_nonzero())
+                    moved.append((keep & ~self.keep[rows]).count_nonzero())
                     self.keep[rows] = keep
                 both.add_(dense)
                 torch.addmm(
@@ -145,7 +146,7 @@ class Search:
                 )  # B + U, with A W = (A + ρI) W - ρW
 
         each_rows(work, self.dense)
-        return int(moved) / max(1, int(self.keep.count_nonzero()))
+        return sum(map(int, moved)) / max(1, int(self.keep.count_nonzero()))
 
 
 def selection(pattern: SparsityPattern, values: Tensor) -> Callable[[Tensor, slice], Tensor]:
@@ -175,7 +176,7 @@ def _least_kept(sizes: Tensor, pattern: Unstructured) -> Tensor:
 def _largest_of_groups(values: Tensor, pattern: NM) -> Tensor:
     """(rows, in) bool: the values whose size is at least the n-th largest of their group."""
     groups = values.abs().view(len(values), -1, pattern.m)
-    columns = list(groups.permute(2, 0, 1).contiguous())
+    columns: list[Tensor] = list(groups.permute(2, 0, 1).contiguous())
     # A pass carries the largest column to the end and drops it. Few passes of dense operations: sorting is slower.
     for _ in range(pattern.n - 1):
         for low in range(len(columns) - 1):
@@ -185,7 +186,7 @@ def _largest_of_groups(values: Tensor, pattern: NM) -> Tensor:
     least = columns[0]
     for column in columns[1:]:
         least = torch.maximum(least, column)
-    return (groups >= least[..., None]).view(values.shape)
+    return groups.ge(least[..., None]).view(values.shape)
 
 
 def _inverse(matrix: Tensor, penalty: float) -> Tensor:

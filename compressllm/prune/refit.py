@@ -104,14 +104,15 @@ def refit_scaled(
     Source: Meng et al., ALPS, arXiv 2406.07831, algorithm 2, with one step length a row.
     """
     matrix, scale = hessian
+    weight = weight.contiguous()  # another layout is summed in another order
+    start = weight if start is None else start.contiguous()
     result = torch.empty(weight.shape, device=weight.device)
     losses = torch.empty(weight.shape[0], device=weight.device)
     steps = [0]
 
     def solve(rows: slice) -> None:
         dense, kept = weight[rows] * scale, keep[rows]
-        begin = dense if start is None else start[rows] * scale
-        fit = _conjugate_gradients(dense, kept, matrix, begin, iterations, tolerance)
+        fit = _conjugate_gradients(dense, kept, matrix, start[rows] * scale, iterations, tolerance)
         result[rows] = torch.where(kept, fit.weight / scale, 0.0)
         losses[rows] = fit.loss
         steps.append(fit.steps)
@@ -122,6 +123,7 @@ def refit_scaled(
 
 def damped_energy(weight: Tensor, hessian: ScaledHessian) -> float:
     """``tr(W(G+λI)W^T)`` of an (out, in) weight: the damped loss of removing all of it."""
+    weight = weight.contiguous()
     energy = torch.empty(weight.shape[0], device=weight.device)
 
     def measure(rows: slice) -> None:
