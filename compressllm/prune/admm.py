@@ -18,6 +18,9 @@ from compressllm.prune.rows import each_rows, on_one_thread
 #: Inverses are kept for all linears of an input while those of all stages take at most so many bytes.
 SHARED_BYTES = 256 << 20
 
+#: The search is over when this share of the kept weights, or less, has changed.
+SETTLED = 1e-3
+
 
 @PRUNERS.register("admm")
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class ADMM:
         stages: How many values the penalty takes. Each costs an inverse of (in, in), and few cost quality.
         steps: Steps at each penalty.
         penalty_start: First penalty, relative to the diagonal of A; the next ones are in geometric progression.
-        penalty_end: Last penalty.
+        penalty_end: Last penalty. What it settles on at 1 is, to first order, not bettered by any swap of a kept
+            for a removed weight.
         refit_steps: At most so many steps of conjugate gradients on the mask that was found.
 
     Source: Meng et al., ALPS, arXiv 2406.07831, algorithms 1 and 2; scaled dual variables as in Boža, Fast and
@@ -44,10 +48,10 @@ class ADMM:
     """
 
     damping: float = 0.01
-    stages: int = 12
+    stages: int = 16
     steps: int = 2
     penalty_start: float = 0.1
-    penalty_end: float = 0.7
+    penalty_end: float = 1.0
     refit_steps: int = 10
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
@@ -73,6 +77,11 @@ class ADMM:
             iterations += self.steps
             if not moved and iterations > self.steps:
                 break
+        for _ in range(self.stages):  # nearly uncorrelated inputs move until the last penalty, and then settle
+            if moved <= SETTLED:
+                break
+            moved = search.run_(inverse, penalty, self.steps)
+            iterations += self.steps
         keep = search.mask()
         fit = refit_scaled(weight, keep, hessian, search.both / hessian.scale, self.refit_steps, 1e-3)
         whole = damped_energy(weight, hessian)
