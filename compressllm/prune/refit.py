@@ -158,6 +158,8 @@ def _conjugate_gradients(
         turn = torch.where(going, square / last, 0.0)[:, None]
         direction = residual + turn * direction
         steps += 1
+    if not steps:
+        return Fit(begun, before, steps)
     after = ((dense - value) * ((dense - value) @ matrix)).sum(1)
     better = after < before  # false for NaN; rounding can undo a step of a row that was at its optimum
     return Fit(torch.where(better[:, None], value, begun), torch.where(better, after, before), steps)
