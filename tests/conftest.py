@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -56,6 +57,9 @@ CONFIGS = {
         **{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
     ),
     "neox": lambda: GPTNeoXConfig(**SHAPE),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=64, n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
 }
 
 
@@ -85,6 +89,12 @@ def decoder(request: pytest.FixtureRequest) -> PreTrainedModel:
 def llama() -> PreTrainedModel:
     """A tiny Llama of three blocks with grouped keys and an untied head, float32."""
     return random_model(CONFIGS["llama"]())
+
+
+@pytest.fixture
+def gpt2() -> PreTrainedModel:
+    """A tiny GPT-2, whose linears are Conv1D, float32."""
+    return random_model(CONFIGS["gpt2"]())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.watch import InputWatch, Totals
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
+from compressllm.models.linears import PrunableLinear
 from compressllm.models.weights import Weights
 
 
@@ -31,14 +32,14 @@ class Block:
         index: Position, front to back.
         name: Module path.
         module: The block.
-        linears: Full module path -> prunable linear.
+        linears: Name -> prunable linear.
         device: Where it runs.
     """
 
     index: int
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    linears: dict[str, PrunableLinear]
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
 
@@ -50,7 +51,8 @@ class Block:
         if not needs or self._inputs is None:
             return dict.fromkeys(self.linears, InputStats(tokens=0))
         inputs = self._inputs
-        with InputWatch(self.linears, needs) as watch:
+        modules = {name: linear.module for name, linear in self.linears.items()}
+        with InputWatch(modules, needs) as watch:
 
             def measure(batch: int) -> Totals:
                 return watch.measure(lambda: inputs.forward(self.module, self.name, batch))

@@ -25,11 +25,11 @@ class InputWatch:
     run in several threads at once; merged in order, they give the same statistics however many there are.
 
     Args:
-        linears: Name -> linear.
+        linears: Name -> module whose first argument is the linear's input.
         needs: Statistics to collect.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], needs: frozenset[Need]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], needs: frozenset[Need]) -> None:
         self._linears, self._needs = linears, needs
         self._leader: dict[str, str] | None = None  # linear -> the first that was called with the same tensor
         self._last: str | None = None

@@ -84,8 +84,11 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Decode one weight. Raises FormatError, which transformers reports with the weight's name."""
+        from transformers.pytorch_utils import Conv1D  # not while transformers itself is being imported
+
         linear = full_layer_name.removesuffix(".weight")
         parameter = model.get_parameter(full_layer_name)
+        transposed = isinstance(model.get_submodule(linear), Conv1D)  # held as (in, out), packed as (out, in)
 
         def read(name: str) -> Tensor:
             part = name.removeprefix(f"{linear}.")
@@ -93,8 +96,9 @@ class Unpack(ConversionOps):  # type: ignore[misc]
                 raise FormatError(f"the checkpoint has no tensor {name}")
             return tensors[0]
 
-        weight = self._format.unpack(linear, read, tuple(parameter.shape))
-        return {full_layer_name: weight.to(parameter.dtype)}
+        out, columns = reversed(parameter.shape) if transposed else parameter.shape
+        weight = self._format.unpack(linear, read, (out, columns))
+        return {full_layer_name: (weight.T.contiguous() if transposed else weight).to(parameter.dtype)}
 
 
 def _pattern(part: str) -> str:

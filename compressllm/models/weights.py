@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.linears import held_otherwise
 from compressllm.models.loading import place_, skeleton, tensor_names
 from compressllm.models.shards import ShardWriter
 
 
 class Weights(Protocol):
-    """Access to a model's weights, block by block."""
+    """Access to a model's weights, block by block.
+
+    The weight of a prunable linear goes by the linear's name and ``.weight``, and is (out, in) whatever form the
+    model and the checkpoint hold it in.
+    """
 
     def load_(self, name: str) -> None:
         """Make the parameters of the module at path ``name`` real."""
@@ -25,11 +30,11 @@ class Weights(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """Parameter ``name`` of a loaded module, in the dtype it is stored in. Not to be changed."""
+        """Weight or other parameter ``name`` of a loaded module, in its stored dtype. Not to be changed."""
         ...
 
     def replace_(self, name: str, value: Tensor) -> None:
-        """Give parameter ``name`` of a loaded module a new value, in any float dtype."""
+        """Give weight or other parameter ``name`` of a loaded module a new value, in any float dtype."""
         ...
 
     def release_(self, name: str) -> None:
@@ -46,6 +51,7 @@ class LiveWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._special = held_otherwise(model)
 
     def load_(self, name: str) -> None:
         """Nothing to do."""
@@ -54,13 +60,16 @@ class LiveWeights:
         """Nothing to do."""
 
     def read(self, name: str) -> Tensor:
-        """The parameter."""
+        """The parameter, or a copy in the order of (out, in) of one that is held the other way round."""
+        if name in self._special:
+            return self._special[name].weight.contiguous()
         parameter: Tensor = self._model.get_parameter(name)
         return parameter.data
 
     def replace_(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the parameter."""
-        self._model.get_parameter(name).data.copy_(value)
+        held = self._special[name].weight if name in self._special else self._model.get_parameter(name).data
+        held.copy_(value)
 
     def release_(self, name: str) -> None:
         """Nothing to do."""
@@ -94,6 +103,7 @@ class StreamedWeights:
         self.finished = set(finished)
         self._dtype, self._device = dtype, device
         self._stored_name = tensor_names(model, source)
+        self._special = held_otherwise(model)
         self._meta = dict(model.state_dict(keep_vars=True))
         self._held: dict[str, Tensor] = {}
         # What is computed at construction, as rotary frequencies are, may depend on the dtype: Gemma's embedding scale.
@@ -115,11 +125,14 @@ class StreamedWeights:
             place_(self._model, key, self._source.read(self._stored_name[key]), self._dtype, self._device)
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored, on the CPU."""
-        return self._held[name]
+        """The tensor with the bits that are stored, on the CPU."""
+        held = self._held[name]
+        return self._special[name].turned(held).contiguous() if name in self._special else held
 
     def replace_(self, name: str, value: Tensor) -> None:
         """Round ``value`` to the stored dtype, for the file, and from there to the dtype of the walk."""
+        if name in self._special:
+            value = self._special[name].turned(value).contiguous()
         self._held[name] = value.to("cpu", self._held[name].dtype)
         place_(self._model, name, self._held[name], self._dtype, self._device)
 

@@ -35,7 +35,7 @@ def make_plan(
     for name, linear in linears.items():
         if any(fnmatchcase(name, glob) for glob in skip):
             continue
-        if reason := pattern.refuses(tuple(linear.weight.shape)):
+        if reason := pattern.refuses(linear.shape):
             raise PatternError(f"{name}: {reason}; name it under skip to leave it dense")
         plan[name] = pattern
     if not plan:
