@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressllm.calibration.experts import eager_experts, experts_among
 from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.watch import InputWatch, Totals
 from compressllm.core.stats import InputStats, Need
@@ -46,13 +47,16 @@ class Block:
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
 
+        An expert of a mixture that too few tokens reached is given some of what all experts of the block saw; its
+        statistics say so in ``pooled``.
+
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         if not needs or self._inputs is None:
             return dict.fromkeys(self.linears, InputStats(tokens=0))
         inputs = self._inputs
-        modules = {name: linear.module for name, linear in self.linears.items()}
-        with InputWatch(modules, needs) as watch:
+        modules = {name: linear.module for name, linear in self.linears.items() if linear.expert is None}
+        with InputWatch(modules, needs, experts_among(self.linears.values())) as watch:
 
             def measure(batch: int) -> Totals:
                 return watch.measure(lambda: inputs.forward(self.module, self.name, batch))
@@ -95,7 +99,8 @@ def walk_blocks(
 
     Args:
         model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time. It is in
-            eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in.
+            eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in;
+            experts of a mixture are computed eagerly, likewise.
         windows: (n, seqlen) token ids, or None for methods that look at no text: then nothing is computed.
         start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
 
@@ -108,7 +113,8 @@ def walk_blocks(
     training = model.training
     model.eval()
     try:
-        yield from _walk(model, blocks, windows, weights, options, start)
+        with eager_experts(model):
+            yield from _walk(model, blocks, windows, weights, options, start)
     finally:
         model.train(training)
 

@@ -27,6 +27,7 @@ class InputStats:
         var: (in,) float32 biased variance over tokens.
         sqnorm: (in,) float32 mean of squares, ``||X_j||_2^2 / tokens``.
         hessian: (in, in) float32 ``X^T X / tokens``.
+        pooled: Why statistics of other linears' inputs are in them, in one line, or None; ``tokens`` counts both.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class InputStats:
     var: Tensor | None = None
     sqnorm: Tensor | None = None
     hessian: Tensor | None = None
+    pooled: str | None = None
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derive(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -119,4 +121,4 @@ class StatsAccumulator:
                     f"{name}: input activations are not finite; check the checkpoint, or calibrate with --dtype float32"
                 )
         means = {stat: total / self.tokens for stat, total in self.totals.items()}
-        return InputStats(self.tokens, **means)
+        return InputStats(self.tokens, means.get("mean"), means.get("var"), means.get("sqnorm"), means.get("hessian"))

@@ -68,8 +68,8 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, PrunableLinear]:
         fused = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
         if fused and not found:
             raise UnsupportedModelError(
-                f"{prefix}.{name}.{fused[0]}: fuses all experts of a mixture in one tensor; "
-                "such models are not supported yet"
+                f"{prefix}.{name}.{fused[0]}: is a tensor of three dimensions of a kind that is not supported yet "
+                "(experts held transposed or with biases, say, or a convolution)"
             )
         if name.rsplit(".", 1)[-1] in {"router", "gate"} or "router" in name:
             continue

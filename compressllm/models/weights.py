@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.experts import place_expert_
 from compressllm.models.linears import held_otherwise
 from compressllm.models.loading import place_, skeleton, tensor_names
 from compressllm.models.shards import ShardWriter
@@ -116,13 +117,12 @@ class StreamedWeights:
         """Read the module's tensors and put them on the device."""
         read = self._out.read if name in self.finished else self._source.read
         for key in self._inside(name):
-            self._held[key] = read(self._stored_name[key])
-            place_(self._model, key, self._held[key], self._dtype, self._device)
+            self._hold_(key, read(self._stored_name[key]))
 
     def load_outside_(self, blocks: str) -> None:
         """Read what lies outside the blocks, but for the output head, which no block needs."""
         for key in self._outside(blocks):
-            place_(self._model, key, self._source.read(self._stored_name[key]), self._dtype, self._device)
+            self._place_(key, self._source.read(self._stored_name[key]))
 
     def read(self, name: str) -> Tensor:
         """The tensor with the bits that are stored, on the CPU."""
@@ -133,8 +133,7 @@ class StreamedWeights:
         """Round ``value`` to the stored dtype, for the file, and from there to the dtype of the walk."""
         if name in self._special:
             value = self._special[name].turned(value).contiguous()
-        self._held[name] = value.to("cpu", self._held[name].dtype)
-        place_(self._model, name, self._held[name], self._dtype, self._device)
+        self._hold_(name, value.to("cpu", self._held[name].dtype))
 
     def release_(self, name: str) -> None:
         """Free the module's tensors."""
@@ -162,6 +161,21 @@ class StreamedWeights:
                 self._out.write(name, self._source.read(name))
         self._out.sync()
 
+    def _hold_(self, key: str, stored: Tensor) -> None:
+        """Keep a tensor as it is stored, for the file, and put it into the model."""
+        placed = self._place_(key, stored)
+        # An expert's place among all experts does for both, if it has the stored bits; there may be many experts.
+        as_stored = placed is not None and placed.dtype == stored.dtype and placed.device == stored.device
+        self._held[key] = placed if placed is not None and as_stored else stored
+
+    def _place_(self, key: str, stored: Tensor) -> Tensor | None:
+        """Put a tensor into the model; of an expert, the place it has there."""
+        linear = self._special.get(key)
+        if linear is not None and linear.expert is not None:
+            return place_expert_(linear, stored, self._dtype, self._device)
+        place_(self._model, key, stored, self._dtype, self._device)
+        return None
+
     def _inside(self, name: str) -> list[str]:
         return [key for key in self._stored_name if key.startswith(f"{name}.")]
 
@@ -170,6 +184,7 @@ class StreamedWeights:
         return [key for key in self._stored_name if key.startswith(base) and not key.startswith(f"{blocks}.")]
 
     def _unload_(self, key: str) -> None:
+        key = self._special[key].parameter if key in self._special else key
         owner, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(owner)
         empty = self._meta[key]

@@ -71,7 +71,7 @@ def _prune_block(
     for name in planned:
         _check_finite(name, weights.read(f"{name}.weight"))  # or the activations would be blamed
     stats = block.collect(pruner.needs)
-    masks, rows = {}, []
+    masks, rows, starved = {}, [], 0
     for name in planned:
         seen = stats.pop(name)  # an input's statistics are freed with the last linear that has it
         weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
@@ -81,7 +81,13 @@ def _prune_block(
             run.warn(f"{name}: {pruned.fallback}")
         masks[name] = pruned.keep
         rows.append(_row(name, weight, pruned, seen, plan[name]))
+        starved += seen.pooled is not None
         weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
+    if starved:
+        run.warn(
+            f"{block.name}: too few tokens reached the experts of {starved} linears, whose statistics were filled up "
+            "with those of all experts; their rows say how far, and more calibration text helps"
+        )
     return masks, rows
 
 
@@ -138,6 +144,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:
+    fallback = "; ".join(reason for reason in (stats.pooled, pruned.fallback) if reason)
     return {
         "linear": name,
         "pattern": str(pattern),
@@ -145,7 +152,7 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
         "tokens": stats.tokens,
         "error": relative_error(weight, pruned.weight, stats),
         **pruned.notes,
-        **({"fallback": pruned.fallback} if pruned.fallback else {}),
+        **({"fallback": fallback} if fallback else {}),
     }
 
 

@@ -21,7 +21,7 @@ from compressllm.prune.config import PruneConfig
 from compressllm.prune.model import prune_model
 from compressllm.stages.evaluate import prepare
 
-FORMS = pytest.mark.parametrize("decoder", ["llama", "gpt2"], indirect=True)
+FORMS = pytest.mark.parametrize("decoder", ["llama", "gpt2", "mixtral", "qwen2moe"], indirect=True)
 
 
 @pytest.fixture
