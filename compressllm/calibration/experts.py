@@ -97,8 +97,6 @@ def fed(linear: PrunableLinear, own: StatsAccumulator, everyone: Callable[[], St
     needed = tokens_needed(linear.shape[1])
     if own.tokens >= needed:
         return own.finish(linear.name)
-    if own.tokens:
-        own.finish(linear.name)  # names it if its own values are not finite
     pool, filled = everyone(), StatsAccumulator(own.needs)
     lent = min(needed - own.tokens, pool.tokens)
     filled.merge_(own)
@@ -111,10 +109,14 @@ def fed(linear: PrunableLinear, own: StatsAccumulator, everyone: Callable[[], St
 def merged(
     needs: frozenset[Need], seen: Mapping[str, StatsAccumulator], pool: list[PrunableLinear]
 ) -> StatsAccumulator:
-    """All that the linears of a pool saw; a linear that shares another's statistics is not among ``seen``."""
+    """All that the linears of a pool saw; a linear that shares another's statistics is not among ``seen``.
+
+    Raises: CalibrationError naming the linear that saw a value that is not finite.
+    """
     together = StatsAccumulator(needs)
     for linear in pool:
         if linear.name in seen:
+            seen[linear.name].check_finite(linear.name)
             together.merge_(seen[linear.name])
     return together
 

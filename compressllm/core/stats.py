@@ -115,10 +115,14 @@ class StatsAccumulator:
         """
         if not self.tokens:
             raise CalibrationError(f"{name}: saw no token during calibration; give it more text or name it under skip")
+        self.check_finite(name)
+        means = {stat: total / self.tokens for stat, total in self.totals.items()}
+        return InputStats(self.tokens, means.get("mean"), means.get("var"), means.get("sqnorm"), means.get("hessian"))
+
+    def check_finite(self, name: str) -> None:
+        """Raise CalibrationError naming the linear if it saw a value that is not finite."""
         for total in self.totals.values():
             if not torch.isfinite(total).all():
                 raise CalibrationError(
                     f"{name}: input activations are not finite; check the checkpoint, or calibrate with --dtype float32"
                 )
-        means = {stat: total / self.tokens for stat, total in self.totals.items()}
-        return InputStats(self.tokens, means.get("mean"), means.get("var"), means.get("sqnorm"), means.get("hessian"))
