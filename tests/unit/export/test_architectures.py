@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from compressllm.core.errors import FormatError
 from compressllm.core.masks import raw
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
@@ -89,3 +91,33 @@ def test_zeros_alone_are_found(pruned: Checkpoint, tmp_path: Path) -> None:
     assert pruned.facts is not None
     assert facts.linears == pruned.facts.linears
     assert facts.masks_sha256 == pruned.facts.masks_sha256
+
+
+@pytest.mark.parametrize("decoder", ["mixtral"], indirect=True)
+def test_experts_of_which_some_are_packed(decoder: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    decoder.save_pretrained(tmp_path / "dense")
+    (tmp_path / "pruned").mkdir()
+    skip = ("*.1.mlp.experts.0.*", "*.experts.2.up_proj", "*.2.mlp.experts.*.down_proj")
+    config = PruneConfig(method="magnitude", skip=skip)
+    bundle = prune_model(open_bundle(str(tmp_path / "dense")), config, Run(folder=tmp_path / "pruned"))
+    assert len(bundle.masks) == len(all_linears(decoder)) - 3 - 3 - 4
+    pruned = Checkpoint(tmp_path / "pruned" / "model")
+    export_model(pruned, tmp_path / "packed", "packed")
+    expected = load_model(pruned).state_dict()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", variant="packed").state_dict()
+    assert_same(stock, expected)
+    assert_same(load_model(tmp_path / "packed").state_dict(), expected)
+
+
+@pytest.mark.parametrize("decoder", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("part", ["values", "bitmask"])
+def test_an_expert_that_lacks_a_part_is_an_error(pruned: Checkpoint, part: str, tmp_path: Path) -> None:
+    export_model(pruned, tmp_path / "packed", "packed")
+    file = tmp_path / "packed" / "model.packed.safetensors"
+    kept = load_file(file)
+    kept.pop(f"model.layers.1.block_sparse_moe.experts.3.w3.{part}")
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", variant="packed")
+    with pytest.raises(FormatError, match=r"(no|lacks) tensor model.*\.experts\.3\."):
+        load_model(tmp_path / "packed")
