@@ -137,8 +137,8 @@ def _sparse_linears(source: Checkpoint, progress: Track) -> _Sparse:
     """The linears the source holds masks of; if it holds none, those whose zeros follow a pattern."""
     model = skeleton(source)
     stored_name = tensor_names(model, source)
-    special = {name: linear for name, linear in held_otherwise(model).items() if linear.transposed}
-    transposed = frozenset(stored_name[name].removesuffix(".weight") for name in special)
+    turned = [name for name, linear in held_otherwise(model).items() if linear.transposed and name in stored_name]
+    transposed = frozenset(stored_name[name].removesuffix(".weight") for name in turned)
     masks = source.masks()
     if masks:
         known = source.facts.patterns if source.facts else {}

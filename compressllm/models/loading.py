@@ -109,8 +109,8 @@ def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, st
                 continue
             if parameter != name and _find(parameter, current, base):
                 raise UnsupportedModelError(
-                    f"{checkpoint.folder}: stores all experts in one tensor, {parameter}; save the model again with "
-                    "save_pretrained's save_original_format=True"
+                    f"{checkpoint.folder}: stores all experts in one tensor, {parameter}; needed is one tensor "
+                    "an expert, as save_pretrained writes most mixtures by default"
                 )
             raise FormatError(f"{checkpoint.folder}: lacks tensor {name}, which {type(model).__name__} needs")
         if specs[found].shape != shape:

@@ -170,3 +170,17 @@ def test_linears_that_a_model_class_ties_are_refused_on_the_meta_device_too(
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="tied linears cannot be pruned"):
         all_linears(skeleton(Checkpoint(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "parameter"),
+    [("gpt2", "transformer.h.{}.mlp.c_fc.weight"), ("mixtral", "model.layers.{}.mlp.experts.gate_up_proj")],
+    indirect=["decoder"],
+)
+def test_tied_linears_of_other_forms_are_refused_too(decoder: PreTrainedModel, parameter: str) -> None:
+    first, second = (parameter.format(index) for index in (0, 2))
+    owner, _, leaf = second.rpartition(".")
+    setattr(decoder.get_submodule(owner), leaf, decoder.get_parameter(first))
+    tied, source = second.removesuffix(".weight"), first.removesuffix(".weight")
+    with pytest.raises(UnsupportedModelError, match=rf"^{tied}: shares its weight with {source}; tied linears"):
+        all_linears(decoder)
