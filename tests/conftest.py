@@ -21,14 +21,18 @@ import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.utils import logging
 
@@ -64,6 +68,21 @@ CONFIGS = {
         **{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
     ),
     "neox": lambda: GPTNeoXConfig(**SHAPE),
+    "mixtral": lambda: MixtralConfig(**GROUPED | {"intermediate_size": 16}, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3moe": lambda: Qwen3MoeConfig(
+        **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2
+    ),
+    "qwen2moe": lambda: Qwen2MoeConfig(
+        **GROUPED,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        num_experts=5,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=64, n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
 }
 
 
@@ -93,6 +112,12 @@ def decoder(request: pytest.FixtureRequest) -> PreTrainedModel:
 def llama() -> PreTrainedModel:
     """A tiny Llama of three blocks with grouped keys and an untied head, float32."""
     return random_model(CONFIGS["llama"]())
+
+
+@pytest.fixture
+def gpt2() -> PreTrainedModel:
+    """A tiny GPT-2, whose linears are Conv1D, float32."""
+    return random_model(CONFIGS["gpt2"]())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressllm.core.pooling import finish_stats
+from compressllm.core.pooling import finish_stats, pool_stats
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
@@ -69,7 +69,7 @@ class _Pass(threading.Thread):
 
 
 def step_through(
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     groups: Sequence[Sequence[str]],
     needs: frozenset[Need],
     forward: Callable[[int], object],
@@ -83,7 +83,7 @@ def step_through(
     once. Closed early, it ends where it stands.
 
     Args:
-        linears: Name -> linear.
+        linears: Name -> module whose first argument is the linear's input.
         groups: Names of linears that are called with the same tensor, in the order of their first calls; each linear
             is called exactly once in a pass.
         needs: Statistics to collect.
@@ -125,7 +125,8 @@ def step_through(
                 for inputs in [one.reached() for one in together]:
                     if inputs is not None:
                         stats.add_(inputs)
-            yield finish_stats(ranks, dict.fromkeys(group, stats), linears[group[0]].weight.device)
+            device = next(linears[group[0]].parameters()).device
+            yield finish_stats(pool_stats(ranks, dict.fromkeys(group, stats), device))
         for together in rounds:
             for one in together:
                 one.go()

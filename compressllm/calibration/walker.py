@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressllm.calibration.experts import eager_experts, experts_among
 from compressllm.calibration.inputs import BlockInputs, embed_windows
 from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
@@ -23,6 +24,7 @@ from compressllm.core.errors import UnsupportedModelError
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
+from compressllm.models.linears import PrunableLinear
 from compressllm.models.weights import Weights
 
 
@@ -34,14 +36,14 @@ class Block:
         index: Position, front to back.
         name: Module path.
         module: The block.
-        linears: Full module path -> prunable linear.
+        linears: Name -> prunable linear.
         device: Where it runs.
     """
 
     index: int
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    linears: dict[str, PrunableLinear]
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
     _ranks: Ranks = field(default=ALONE, repr=False)
@@ -51,14 +53,16 @@ class Block:
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
 
-        Each rank puts its own windows through the block, and all get the statistics of all windows.
+        Each rank puts its own windows through the block, and all get the statistics of all windows. An expert of a
+        mixture that too few tokens reached is given some of what all experts of the block saw; its statistics say so
+        in ``pooled``.
 
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         if not needs or self._inputs is None:
             return dict.fromkeys(self.linears, InputStats(tokens=0))
         inputs = self._inputs
-        with InputWatch(self.linears, needs) as watch:
+        with InputWatch(self._modules(), needs, experts_among(self.linears.values())) as watch:
 
             def measure(batch: int) -> Seen:
                 return watch.measure(lambda: inputs.forward(self.module, self.name, batch))
@@ -80,10 +84,10 @@ class Block:
         if not needs or inputs is None:
             yield dict.fromkeys(self.linears, InputStats(tokens=0))
             return
-        with InputWatch(self.linears, frozenset({"sqnorm"})) as watch:
+        with InputWatch(self._modules(), frozenset({"sqnorm"})) as watch:
             first = watch.measure(lambda: inputs.forward(self.module, self.name, 0))
             groups = watch.groups()
-        if groups is None:
+        if groups is None or len(self._modules()) < len(self.linears):  # experts are not called by all tokens
             raise UnsupportedModelError(
                 f"{self.name}: does not call each of its linears once in a forward pass; use order parallel"
             )
@@ -94,8 +98,12 @@ class Block:
             if (out := inputs.forward(self.module, self.name, batch)) is not None:
                 inputs.put(batch, out)
 
-        yield from step_through(self.linears, groups, needs, forward, len(inputs), self._ranks)
+        yield from step_through(self._modules(), groups, needs, forward, len(inputs), self._ranks)
         self.stepped = True
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Name -> module, of the linears that are called as modules; experts are not."""
+        return {name: linear.module for name, linear in self.linears.items() if linear.expert is None}
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,8 @@ def walk_blocks(
 
     Args:
         model: Its parameters may be on the meta device; ``weights`` makes them real one block at a time. It is in
-            eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in.
+            eval mode while it is walked, so that no dropout is in the statistics, and left in the mode it was in;
+            experts of a mixture are computed eagerly, likewise.
         windows: (n, seqlen) token ids, this rank's share of them; or None for methods that look at no text: then
             nothing is computed.
         start: Index of the first block to yield. Earlier ones count as changed and are only sent through.
@@ -147,7 +156,8 @@ def walk_blocks(
     training = model.training
     model.eval()
     try:
-        yield from _walk(model, blocks, windows, weights, options, start)
+        with eager_experts(model):
+            yield from _walk(model, blocks, windows, weights, options, start)
     finally:
         model.train(training)
 

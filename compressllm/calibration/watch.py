@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from compressllm.calibration.experts import Experts, fed, merged
 from compressllm.calibration.inputs import Enough
-from compressllm.core.pooling import finish_stats
+from compressllm.core.pooling import finish_stats, pool_stats
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need, StatsAccumulator
 
@@ -39,12 +41,17 @@ class InputWatch:
     run in several threads at once; merged in order, they give the same statistics however many there are.
 
     Args:
-        linears: Name -> linear.
+        linears: Name -> module whose first argument is the linear's input.
         needs: Statistics to collect.
+        experts: Mixtures whose experts' linears are watched as well.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], needs: frozenset[Need]) -> None:
-        self._linears, self._needs = linears, needs
+    def __init__(
+        self, linears: Mapping[str, nn.Module], needs: frozenset[Need], experts: Sequence[Experts] = ()
+    ) -> None:
+        self._linears, self._needs, self._experts = linears, needs, experts
+        self._pools = [pool for one in experts for pool in one.pools()]
+        self._names = [*linears, *(linear.name for pool in self._pools for linear in pool)]
         self._leader: dict[str, str] | None = None  # linear -> the first that was called with the same tensor
         self._last: str | None = None
         self._stats: dict[str, StatsAccumulator] = {}
@@ -54,6 +61,8 @@ class InputWatch:
     def __enter__(self) -> InputWatch:
         for name, linear in self._linears.items():
             self._handles.append(linear.register_forward_pre_hook(self._hook(name)))
+        for experts in self._experts:
+            self._handles.append(experts.module.register_forward_pre_hook(self._experts_hook(experts)))
         return self
 
     def __exit__(
@@ -73,7 +82,7 @@ class InputWatch:
             self._leader = {}
             for name, tensor in calls:
                 self._leader.setdefault(name, next(first for first, other in calls if other is tensor))
-            if Counter(name for name, _ in calls) == Counter(self._linears.keys()):
+            if Counter(name for name, _ in calls) == Counter(self._names):
                 self._last = calls[-1][0]
             for name, leader in self._leader.items():
                 if name != leader:
@@ -107,19 +116,40 @@ class InputWatch:
         Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
         """
         unseen = StatsAccumulator(self._needs)
-        own = {name: self._stats.get((self._leader or {}).get(name, name), unseen) for name in self._linears}
-        return finish_stats(ranks, own, next(iter(self._linears.values())).weight.device)
+        own = {name: self._stats.get((self._leader or {}).get(name, name), unseen) for name in self._names}
+        device = next(next(iter(self._linears.values())).parameters()).device
+        pooled = pool_stats(ranks, own, device)
+        filled, notes = dict(pooled), {}
+        for pool in self._pools:
+            everyone = cache(partial(merged, self._needs, pooled, pool))
+            done: dict[int, tuple[StatsAccumulator, str | None]] = {}  # gate and up have one between them
+            for linear in pool:
+                one = pooled[linear.name]
+                if id(one) not in done:
+                    done[id(one)] = fed(linear, one, everyone)
+                filled[linear.name], notes[linear.name] = done[id(one)]
+        return finish_stats(filled, notes)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs, seen = args[0], self._pass.seen
-            if self._leader is None:
-                self._pass.calls.append((name, inputs))
-            if self._leader is None or self._leader.get(name, name) == name:
-                seen.totals.setdefault(name, StatsAccumulator(self._needs - {"hessian"})).add_(inputs)
-                if "hessian" in self._needs:
-                    seen.inputs.setdefault(name, []).append(inputs.reshape(-1, inputs.shape[-1]))
-            if name == self._last:
-                raise Enough
+            self._see(name, args[0])
 
         return hook
+
+    def _experts_hook(self, experts: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for name, inputs in experts.inputs(args[0], args[1]):
+                self._see(name, inputs)
+
+        return hook
+
+    def _see(self, name: str, inputs: Tensor) -> None:
+        seen: Seen = self._pass.seen
+        if self._leader is None:
+            self._pass.calls.append((name, inputs))
+        if (self._leader is None or self._leader.get(name, name) == name) and inputs.numel():
+            seen.totals.setdefault(name, StatsAccumulator(self._needs - {"hessian"})).add_(inputs)
+            if "hessian" in self._needs:
+                seen.inputs.setdefault(name, []).append(inputs.reshape(-1, inputs.shape[-1]))
+        if name == self._last:
+            raise Enough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -77,15 +78,20 @@ def _sum_over_ranks_(ranks: Ranks, local: list[tuple[int, StatsAccumulator]]) ->
     ranks.sum_(rest)
 
 
-def finish_stats(ranks: Ranks, own: Mapping[str, StatsAccumulator], device: torch.device) -> dict[str, InputStats]:
-    """The means over what all ranks saw; linears that share an accumulator share the result. Ends the accumulators.
+def finish_stats(
+    pooled: Mapping[str, StatsAccumulator], notes: Mapping[str, str | None] | None = None
+) -> dict[str, InputStats]:
+    """The means of every linear; linears that share an accumulator share the result. Ends the accumulators.
 
-    Raises: CalibrationError naming the linear that saw no token or a value that is not finite; RankError.
+    Args:
+        notes: Linear name -> what its statistics were filled up with, see `InputStats`.
+
+    Raises: CalibrationError naming the linear that saw no token or a value that is not finite.
     """
-    done: dict[int, InputStats] = {}  # by identity of what was pooled
+    done: dict[int, InputStats] = {}
     means: dict[str, InputStats] = {}
-    for name, pooled in pool_stats(ranks, own, device).items():
-        if id(pooled) not in done:
-            done[id(pooled)] = pooled.finish(name)
-        means[name] = done[id(pooled)]
+    for name, one in pooled.items():
+        if id(one) not in done:
+            done[id(one)] = replace(one.finish(name), pooled=(notes or {}).get(name))
+        means[name] = done[id(one)]
     return means

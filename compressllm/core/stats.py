@@ -28,6 +28,7 @@ class InputStats:
         var: (in,) float32 biased variance over tokens.
         sqnorm: (in,) float32 mean of squares, ``||X_j||_2^2 / tokens``.
         hessian: (in, in) float32 ``X^T X / tokens``.
+        pooled: Why statistics of other linears' inputs are in them, in one line, or None; ``tokens`` counts both.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class InputStats:
     var: Tensor | None = None
     sqnorm: Tensor | None = None
     hessian: Tensor | None = None
+    pooled: str | None = None
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derive(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -120,13 +122,18 @@ class StatsAccumulator:
         """
         if not self.tokens:
             raise CalibrationError(f"{name}: saw no token during calibration; give it more text or name it under skip")
+        self.check_finite(name)
+        totals, self.totals = self.totals, {}
+        with torch.inference_mode():  # totals may have been made in it, and could not be changed outside
+            if "hessian" in totals:
+                mirror_(totals["hessian"])
+            means = {stat: total.div_(self.tokens) for stat, total in totals.items()}
+        return InputStats(self.tokens, means.get("mean"), means.get("var"), means.get("sqnorm"), means.get("hessian"))
+
+    def check_finite(self, name: str) -> None:
+        """Raise CalibrationError naming the linear if it saw a value that is not finite."""
         for total in self.totals.values():
             if not torch.isfinite(total).all():
                 raise CalibrationError(
                     f"{name}: input activations are not finite; check the checkpoint, or calibrate with --dtype float32"
                 )
-        totals, self.totals = self.totals, {}
-        with torch.inference_mode():  # totals may have been made in it, and could not be changed outside
-            if "hessian" in totals:
-                mirror_(totals["hessian"])
-            return InputStats(self.tokens, **{stat: total.div_(self.tokens) for stat, total in totals.items()})

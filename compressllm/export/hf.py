@@ -6,6 +6,7 @@ model class, directly or through `compressllm.models`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(QUANT_METHOD)
 class PackedLoader(HfQuantizer):  # type: ignore[misc]
-    """Decodes packed linears while transformers loads them, one at a time; the model keeps its nn.Linear modules."""
+    """Decodes packed linears while transformers loads them, one at a time; the model keeps its plain modules."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to pack at load, and formats this version does not know."""
@@ -54,13 +55,19 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         parts = [_pattern(part) for part in chosen.tensors if part != "weight"]  # that one has its name already
         return [WeightConverter(parts, ".weight", operations=[Unpack(chosen)])]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's own conversions, those that put experts together from packed ones; and ours."""
+        chosen: Format = build(FORMATS, self.quantization_config.format)
+        own = [_of_packed(one, chosen) if _joins_experts(one) else one for one in weight_conversions]
+        return own + self.get_weight_conversions()
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # save_pretrained undoes the conversions noted here, and there is nothing to undo: it saves plain weights.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
-        ]
+        # save_pretrained undoes the conversions noted here. The loaded weights are plain: of ours nothing is undone.
+        noted: list[Any] = []
+        for conversion in getattr(model, "_weight_conversions", None) or []:
+            ours = [op for op in getattr(conversion, "operations", ()) if isinstance(op, Unpack | UnpackExperts)]
+            noted += [op.plain for op in ours if isinstance(op, UnpackExperts)] if ours else [conversion]
+        model._weight_conversions = noted
         return model
 
     def is_serializable(self) -> bool:
@@ -84,8 +91,11 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Decode one weight. Raises FormatError, which transformers reports with the weight's name."""
+        from transformers.pytorch_utils import Conv1D  # not while transformers itself is being imported
+
         linear = full_layer_name.removesuffix(".weight")
         parameter = model.get_parameter(full_layer_name)
+        transposed = isinstance(model.get_submodule(linear), Conv1D)  # held as (in, out), packed as (out, in)
 
         def read(name: str) -> Tensor:
             part = name.removeprefix(f"{linear}.")
@@ -93,8 +103,63 @@ class Unpack(ConversionOps):  # type: ignore[misc]
                 raise FormatError(f"the checkpoint has no tensor {name}")
             return tensors[0]
 
-        weight = self._format.unpack(linear, read, tuple(parameter.shape))
-        return {full_layer_name: weight.to(parameter.dtype)}
+        out, columns = reversed(parameter.shape) if transposed else parameter.shape
+        weight = self._format.unpack(linear, read, (out, columns))
+        return {full_layer_name: (weight.T.contiguous() if transposed else weight).to(parameter.dtype)}
+
+
+class UnpackExperts(ConversionOps):  # type: ignore[misc]
+    """The tensors of all experts, some or all of them packed -> their weights, for the conversion that joins them.
+
+    Args:
+        plain: What transformers does with experts that are not packed.
+    """
+
+    def __init__(self, chosen: Format, plain: WeightConverter) -> None:
+        self._format, self.plain = chosen, plain
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model: Any, **kwargs: Any
+    ) -> dict[str, list[Tensor]]:
+        """Decode the experts of one parameter. Raises FormatError, which transformers reports with its name."""
+        parameter = model.get_parameter(full_layer_name)  # (experts, rows, in); gate and up share the rows
+        sources = self.plain._original_source_patterns
+        shape = (parameter.shape[1] // len(sources), parameter.shape[2])
+        loaded: dict[str, list[Tensor]] = {}
+        for source in sources:
+            # A packed linear's empty `weight` holds its place among those of experts that are not packed.
+            packed = {part: iter(input_dict.get(_beside(source, part), ())) for part in self._format.tensors}
+            weights = [tensor if tensor.numel() else self._next(packed, shape) for tensor in input_dict[source]]
+            loaded[source] = [weight.to(parameter.dtype) for weight in weights]
+        return loaded
+
+    def _next(self, packed: dict[str, Iterator[Tensor]], shape: tuple[int, int]) -> Tensor:
+        parts = {part: next(tensors, None) for part, tensors in packed.items() if part != "weight"}
+
+        def read(name: str) -> Tensor:
+            if (tensor := parts[name.rpartition(".")[2]]) is None:
+                raise FormatError(f"the checkpoint has too few tensors {name}")
+            return tensor
+
+        return self._format.unpack("expert", read, shape)
+
+
+def _joins_experts(conversion: Any) -> bool:
+    """Whether it makes one parameter of weights that are stored one an expert."""
+    sources = getattr(conversion, "_original_source_patterns", ())
+    return isinstance(conversion, WeightConverter) and all("*" in one and one.endswith(".weight") for one in sources)
+
+
+def _of_packed(plain: WeightConverter, chosen: Format) -> WeightConverter:
+    """The same conversion, collecting what experts are packed into as well, and decoding it first."""
+    sources = [_beside(source, part) for source in plain._original_source_patterns for part in chosen.tensors]
+    operations = [UnpackExperts(chosen, plain), *plain.operations]
+    return plain.copy(sources, list(plain._original_target_patterns), operations=operations)
+
+
+def _beside(source: str, part: str) -> str:
+    return f"{source.removesuffix('.weight')}.{part}"
 
 
 def _pattern(part: str) -> str:

@@ -26,6 +26,7 @@ from compressllm.export.hf import QUANT_METHOD
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
 from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.linears import held_otherwise
 from compressllm.models.loading import skeleton, tensor_names
 from compressllm.models.shards import MAX_SHARD_BYTES, ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorSpec
@@ -48,10 +49,18 @@ class Sizes(NamedTuple):
 
 
 class _Sparse(NamedTuple):
-    """The sparse linears, by their names in the checkpoint and in the model's order."""
+    """The sparse linears, by their names in the checkpoint and in the model's order.
+
+    ``transposed`` names the linears, sparse or not, whose weights are stored as (in, out).
+    """
 
     masks: MaskStore
     patterns: dict[str, SparsityPattern]
+    transposed: frozenset[str]
+
+    def turned(self, owner: str, weight: Tensor) -> Tensor:
+        """The stored weight of a linear as (out, in), or an (out, in) weight as it is stored."""
+        return weight.T if owner in self.transposed else weight
 
 
 def export_model(
@@ -91,7 +100,9 @@ def export_model(
             format=format,
             variant=variant,
             linears={
-                name: LinearFacts(pattern=pattern, shape=sparse.masks.packed(name).shape)
+                name: LinearFacts(
+                    pattern=pattern, shape=sparse.masks.packed(name).shape, transposed=name in sparse.transposed
+                )
                 for name, pattern in sparse.patterns.items()
             },
             masks_sha256=sparse.masks.sha256() if sparse.masks else None,
@@ -125,17 +136,20 @@ def exported_sizes(checkpoint: Checkpoint) -> Sizes:
 def _sparse_linears(source: Checkpoint, progress: Track) -> _Sparse:
     """The linears the source holds masks of; if it holds none, those whose zeros follow a pattern."""
     model = skeleton(source)
+    stored_name = tensor_names(model, source)
+    turned = [name for name, linear in held_otherwise(model).items() if linear.transposed and name in stored_name]
+    transposed = frozenset(stored_name[name].removesuffix(".weight") for name in turned)
     masks = source.masks()
     if masks:
         known = source.facts.patterns if source.facts else {}
-        return _Sparse(masks, {name: known.get(name) or pattern_of(masks[name]) for name in masks})
-    stored_name = tensor_names(model, source)
+        patterns = {name: known.get(name) or pattern_of(masks[name]) for name in masks}
+        return _Sparse(masks, patterns, transposed)
+    sparse = _Sparse(masks, {}, transposed)
     linears = [stored_name[f"{name}.weight"].removesuffix(".weight") for name in all_linears(model)]
-    patterns: dict[str, SparsityPattern] = {}
     for name in progress(linears, len(linears), "looking for zeros"):
-        if sparsity := find_sparsity(source.read(f"{name}.weight")):
-            patterns[name], masks[name] = sparsity
-    return _Sparse(masks, patterns)
+        if sparsity := find_sparsity(sparse.turned(name, source.read(f"{name}.weight")).contiguous()):
+            sparse.patterns[name], masks[name] = sparsity
+    return sparse
 
 
 def _write_tensors(
@@ -154,7 +168,7 @@ def _write_tensors(
             layout[name] = spec
         else:
             parts = chosen.layout(owner, spec.dtype, sparse.masks[owner])
-            layout.update({part: TensorSpec(*each) for part, each in parts.items()})
+            layout.update({part: TensorSpec(*each) if variant else spec for part, each in parts.items()})
     writer = ShardWriter(work, layout, variant, max_shard_bytes)
     try:
         for name in progress(source.specs, len(source.specs), "writing"):
@@ -162,14 +176,14 @@ def _write_tensors(
             if owner is None:
                 writer.write(name, source.read(name))
                 continue
-            weight, keep = source.read(name), sparse.masks[owner]
+            weight, keep = sparse.turned(owner, source.read(name)).contiguous(), sparse.masks[owner]
             if lost := int(((weight != 0) & ~keep).count_nonzero()):
                 raise FormatError(
                     f"{source.folder}: {name} holds {lost} weights that are not zero where its mask prunes; "
                     f"set them to zero, or remove {MASKS_NAME}"
                 )
             for part, tensor in chosen.pack(owner, weight, keep):
-                writer.write(part, tensor)
+                writer.write(part, tensor if variant else sparse.turned(owner, tensor))
         writer.finish()
     finally:
         writer.close()
@@ -201,7 +215,7 @@ def _compare(source: Checkpoint, written: Checkpoint, sparse: _Sparse, progress:
         owner = _sparse_owner(name, sparse)
         if owner is not None:
             keep = sparse.masks[owner]
-            before.masked_fill_(~keep, 0)  # -0.0 at a pruned place is written as +0.0
+            sparse.turned(owner, before).masked_fill_(~keep, 0)  # -0.0 at a pruned place is written as +0.0
             stored = written.mask(owner)
             if stored is None or not torch.equal(stored, keep):
                 raise FormatError(f"{written.folder}: the mask of {owner} reads back differently; is the disk sound?")

@@ -133,7 +133,11 @@ class SparseLinear(nn.Module):
 
 
 def swap_linears_(
-    model: nn.Module, masks: Mapping[str, Tensor], patterns: Mapping[str, SparsityPattern], backend: str = AUTO
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    patterns: Mapping[str, SparsityPattern],
+    backend: str = AUTO,
+    other: Mapping[str, str] | None = None,
 ) -> dict[str, Choice]:
     """Replace a model's sparse linears by SparseLinear. Changes ``model`` in place.
 
@@ -143,6 +147,7 @@ def swap_linears_(
         masks: Linear name -> (out, in) bool mask.
         patterns: Linear name -> what its mask obeys.
         backend: A backend's name, or ``auto``.
+        other: Name -> form, of the linears that are no nn.Linear; no backend runs them, and they stay as they are.
 
     Returns: Linear name -> what was chosen, and why others were not.
 
@@ -153,6 +158,9 @@ def swap_linears_(
     linears: dict[str, nn.Linear] = {}
     choices: dict[str, Choice] = {}
     for name in masks:
+        if other and name in other:
+            choices[name] = _left_as_it_is(name, other[name], backend)
+            continue
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "no module of the model" if linear is None else f"a {type(linear).__name__}"
@@ -162,14 +170,21 @@ def swap_linears_(
             choices[name] = choose_backend(linear.weight, patterns[name], backend)
     del modules
     for name, choice in choices.items():
-        linear = linears.pop(name)  # so that its weight is freed before the next one is packed
-        if choice.name == _PLAIN:
+        linear = linears.pop(name, None)  # so that its weight is freed before the next one is packed
+        if choice.name == _PLAIN or linear is None:
             continue
         with _named(name):
             sparse = SparseLinear.from_linear(linear, masks[name], patterns[name], choice.name)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, sparse)
     return choices
+
+
+def _left_as_it_is(name: str, form: str, wanted: str) -> Choice:
+    reason = f"is {form}; only an nn.Linear can be swapped"
+    if wanted not in {AUTO, _PLAIN}:
+        raise BackendUnavailableError(f"{name}: backend {wanted}: {reason}; backends that can: {_PLAIN}")
+    return Choice(_PLAIN, {} if wanted == _PLAIN else {n: reason for n in BACKENDS.names() if n != _PLAIN})
 
 
 @contextlib.contextmanager

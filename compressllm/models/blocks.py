@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.models.linears import PrunableLinear, linears_of
 
 ENCODER_DECODER = "is an encoder-decoder; only decoder-only causal language models are supported"
 
@@ -55,50 +55,47 @@ def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
     return outermost[0]
 
 
-def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Prunable linears of one block: full module path -> nn.Linear, in definition order.
+def find_linears(block: nn.Module, prefix: str) -> dict[str, PrunableLinear]:
+    """Prunable linears of one block: name -> linear, in definition order.
 
     Routers and one-output gates are left out: they choose, and a wrong choice costs more than it saves.
 
     Raises: UnsupportedModelError if the block keeps its matrices in a form that cannot be pruned yet.
     """
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, PrunableLinear] = {}
     for name, module in block.named_modules():
-        if isinstance(module, Conv1D):
-            raise UnsupportedModelError(
-                f"{prefix}.{name}: is a Conv1D, which stores its weight transposed (GPT-2 family); "
-                "such models are not supported yet"
-            )
+        found = linears_of(module, f"{prefix}.{name}")
         fused = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
-        if fused:
+        if fused and not found:
             raise UnsupportedModelError(
-                f"{prefix}.{name}.{fused[0]}: fuses all experts of a mixture in one tensor; "
-                "such models are not supported yet"
+                f"{prefix}.{name}.{fused[0]}: is a tensor of three dimensions of a kind that is not supported yet "
+                "(experts held transposed or with biases, say, or a convolution)"
             )
-        router = name.rsplit(".", 1)[-1] in {"router", "gate"} or "router" in name
-        if isinstance(module, nn.Linear) and module.out_features > 1 and not router:
-            linears[f"{prefix}.{name}"] = module
+        if name.rsplit(".", 1)[-1] in {"router", "gate"} or "router" in name:
+            continue
+        linears.update((linear.name, linear) for linear in found if linear.shape[0] > 1)
     if not linears:
-        raise UnsupportedModelError(f"{prefix}: holds no nn.Linear to prune")
+        raise UnsupportedModelError(f"{prefix}: holds no linear to prune")
     return linears
 
 
-def all_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def all_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
     """The prunable linears of every block, front to back.
 
     Raises: UnsupportedModelError if one weight serves in two places.
     """
     blocks = find_blocks(model)
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, PrunableLinear] = {}
     for index, module in enumerate(blocks.modules):
         linears.update(find_linears(module, blocks.name(index)))
+    prunable = {linear.parameter for linear in linears.values()}
     users: dict[int, str] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         source = model.all_tied_weights_keys.get(name, name)  # on the meta device tied parameters are not one object
-        owner = name.removesuffix(".weight")
-        first = users.setdefault(id(model.get_parameter(source)), source.removesuffix(".weight"))
-        if first != owner and (first in linears or owner in linears):
-            raise UnsupportedModelError(f"{owner}: shares its weight with {first}; tied linears cannot be pruned")
+        first = users.setdefault(id(model.get_parameter(source)), source)
+        if first != name and (first in prunable or name in prunable):
+            owner, other = name.removesuffix(".weight"), first.removesuffix(".weight")
+            raise UnsupportedModelError(f"{owner}: shares its weight with {other}; tied linears cannot be pruned")
     return linears
 
 

@@ -38,7 +38,7 @@ class Checkpoint:
         self.facts: Facts | None = read_facts(folder)
         self._shards = ShardReader(folder, self.facts.variant if self.facts else None)
         self._format = None if self.facts is None or self.facts.format == "dense" else build(FORMATS, self.facts.format)
-        self._packed = {n: one.shape for n, one in self.facts.linears.items()} if self.facts and self._format else {}
+        self._packed = dict(self.facts.linears) if self.facts and self._format else {}
         self._masks = TensorFile(folder / MASKS_NAME) if (folder / MASKS_NAME).exists() else None
 
     def config(self) -> PreTrainedConfig:
@@ -73,7 +73,7 @@ class Checkpoint:
             if owner not in self._packed or part not in self._format.tensors:
                 specs[name] = spec
             elif part == self._format.tensors[0]:
-                specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._packed[owner])
+                specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._packed[owner].stored_shape)
         return specs
 
     @property
@@ -92,12 +92,13 @@ class Checkpoint:
         owner = name.removesuffix(".weight")
         if owner == name or owner not in self._packed or self._format is None:
             return self._shards.read(name)
-        return self._format.unpack(owner, self._shards.read, self._packed[owner])
+        weight = self._format.unpack(owner, self._shards.read, self._packed[owner].shape)
+        return weight.T.contiguous() if self._packed[owner].transposed else weight
 
     def mask(self, linear: str) -> Tensor | None:
         """The stored (out, in) bool mask of a linear, or None if it has none."""
         if linear in self._packed and self._format is not None:
-            return self._format.mask(linear, self._shards.read, self._packed[linear])
+            return self._format.mask(linear, self._shards.read, self._packed[linear].shape)
         if self._masks is None or linear not in self._masks.specs:
             return None
         return self._packed_mask(linear).keep()
@@ -133,7 +134,9 @@ class Checkpoint:
         if self._masks is None or weight is None:
             raise FormatError(f"{self.folder / MASKS_NAME}: has a mask of {linear}, which the checkpoint lacks")
         bits = self._masks.read(linear)
-        out, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        facts = self.facts.linears.get(linear) if self.facts else None
+        shape = weight.shape[::-1] if facts and facts.transposed else weight.shape
+        out, columns = shape if len(shape) == 2 else (0, 0)
         if bits.dtype != torch.uint8 or tuple(bits.shape) != (out, -(-columns // 8)):
             raise FormatError(
                 f"{self.folder / MASKS_NAME}: the mask of {linear} does not fit its weight {weight.shape}"

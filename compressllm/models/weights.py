@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.experts import place_expert_
+from compressllm.models.linears import held_otherwise
 from compressllm.models.loading import place_, skeleton, tensor_names
 from compressllm.models.shards import ShardWriter
 
 
 class Weights(Protocol):
-    """Access to a model's weights, block by block."""
+    """Access to a model's weights, block by block.
+
+    The weight of a prunable linear goes by the linear's name and ``.weight``, and is (out, in) whatever form the
+    model and the checkpoint hold it in.
+    """
 
     def load_(self, name: str) -> None:
         """Make the parameters of the module at path ``name`` real."""
@@ -25,11 +31,11 @@ class Weights(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """Parameter ``name`` of a loaded module, in the dtype it is stored in. Not to be changed."""
+        """Weight or other parameter ``name`` of a loaded module, in its stored dtype. Not to be changed."""
         ...
 
     def replace_(self, name: str, value: Tensor) -> None:
-        """Give parameter ``name`` of a loaded module a new value, in any float dtype."""
+        """Give weight or other parameter ``name`` of a loaded module a new value, in any float dtype."""
         ...
 
     def release_(self, name: str) -> None:
@@ -46,6 +52,7 @@ class LiveWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._special = held_otherwise(model)
 
     def load_(self, name: str) -> None:
         """Nothing to do."""
@@ -54,13 +61,16 @@ class LiveWeights:
         """Nothing to do."""
 
     def read(self, name: str) -> Tensor:
-        """The parameter."""
+        """The parameter, or a copy in the order of (out, in) of one that is held the other way round."""
+        if name in self._special:
+            return self._special[name].weight.contiguous()
         parameter: Tensor = self._model.get_parameter(name)
         return parameter.data
 
     def replace_(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the parameter."""
-        self._model.get_parameter(name).data.copy_(value)
+        held = self._special[name].weight if name in self._special else self._model.get_parameter(name).data
+        held.copy_(value)
 
     def release_(self, name: str) -> None:
         """Nothing to do."""
@@ -94,6 +104,7 @@ class StreamedWeights:
         self.finished = set(finished)
         self._dtype, self._device = dtype, device
         self._stored_name = tensor_names(model, source)
+        self._special = held_otherwise(model)
         self._meta = dict(model.state_dict(keep_vars=True))
         self._held: dict[str, Tensor] = {}
         # What is computed at construction, as rotary frequencies are, may depend on the dtype: Gemma's embedding scale.
@@ -106,22 +117,23 @@ class StreamedWeights:
         """Read the module's tensors and put them on the device."""
         read = self._written.read if name in self.finished else self._source.read
         for key in self._inside(name):
-            self._held[key] = read(self._stored_name[key])
-            place_(self._model, key, self._held[key], self._dtype, self._device)
+            self._hold_(key, read(self._stored_name[key]))
 
     def load_outside_(self, blocks: str) -> None:
         """Read what lies outside the blocks, but for the output head, which no block needs."""
         for key in self._outside(blocks):
-            place_(self._model, key, self._source.read(self._stored_name[key]), self._dtype, self._device)
+            self._place_(key, self._source.read(self._stored_name[key]))
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored, on the CPU."""
-        return self._held[name]
+        """The tensor with the bits that are stored, on the CPU."""
+        held = self._held[name]
+        return self._special[name].turned(held).contiguous() if name in self._special else held
 
     def replace_(self, name: str, value: Tensor) -> None:
         """Round ``value`` to the stored dtype, for the file, and from there to the dtype of the walk."""
-        self._held[name] = value.to("cpu", self._held[name].dtype)
-        place_(self._model, name, self._held[name], self._dtype, self._device)
+        if name in self._special:
+            value = self._special[name].turned(value).contiguous()
+        self._hold_(name, value.to("cpu", self._held[name].dtype))
 
     def release_(self, name: str) -> None:
         """Free the module's tensors."""
@@ -155,6 +167,21 @@ class StreamedWeights:
             raise TypeError("these weights are only read")
         return self._out
 
+    def _hold_(self, key: str, stored: Tensor) -> None:
+        """Keep a tensor as it is stored, for the file, and put it into the model."""
+        placed = self._place_(key, stored)
+        # An expert's place among all experts does for both, if it has the stored bits; there may be many experts.
+        as_stored = placed is not None and placed.dtype == stored.dtype and placed.device == stored.device
+        self._held[key] = placed if placed is not None and as_stored else stored
+
+    def _place_(self, key: str, stored: Tensor) -> Tensor | None:
+        """Put a tensor into the model; of an expert, the place it has there."""
+        linear = self._special.get(key)
+        if linear is not None and linear.expert is not None:
+            return place_expert_(linear, stored, self._dtype, self._device)
+        place_(self._model, key, stored, self._dtype, self._device)
+        return None
+
     def _inside(self, name: str) -> list[str]:
         return [key for key in self._stored_name if key.startswith(f"{name}.")]
 
@@ -163,6 +190,7 @@ class StreamedWeights:
         return [key for key in self._stored_name if key.startswith(base) and not key.startswith(f"{blocks}.")]
 
     def _unload_(self, key: str) -> None:
+        key = self._special[key].parameter if key in self._special else key
         owner, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(owner)
         empty = self._meta[key]

@@ -46,7 +46,7 @@ def prune_block(
     rows: dict[str, dict[str, Any]] = {}
     for stats in block.collect_in_turn(needs) if order == "sequential" else (block.collect(needs),):
         turn = [name for name in planned if name in stats]
-        owner = assign_linears({name: block.linears[name].weight.shape for name in turn}, stats, run.ranks.size)
+        owner = assign_linears({name: block.linears[name].shape for name in turn}, stats, run.ranks.size)
         own = {name: stats[name] for name in turn if owner[name] == run.ranks.rank}
         stats.clear()  # what others prune is freed now, and each input of ours with the last linear that has it
         own_masks: dict[str, Tensor] = {}
@@ -63,13 +63,20 @@ def prune_block(
         all_masks, all_rows = gather_linears_(run.ranks, owner, own_masks, own_rows, weights, block.device)
         masks |= all_masks
         rows |= {row["linear"]: row for row in all_rows}
+    starved = sum("pooled" in row for row in rows.values())
+    if starved:
+        run.warn(
+            f"{block.name}: too few tokens reached the experts of {starved} linears, whose statistics were filled up "
+            "with those of all experts; their rows say how far, and more calibration text helps"
+        )
     for row in rows.values():
-        if "fallback" in row:
+        if row.get("fallback") != row.get("pooled"):
             run.warn(f"{row['linear']}: {row['fallback']}")
     return masks, [rows[name] for name in planned]
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:
+    fallback = "; ".join(reason for reason in (stats.pooled, pruned.fallback) if reason)
     return {
         "linear": name,
         "pattern": str(pattern),
@@ -77,7 +84,8 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
         "tokens": stats.tokens,
         "error": relative_error(weight, pruned.weight, stats),
         **pruned.notes,
-        **({"fallback": pruned.fallback} if pruned.fallback else {}),
+        **({"pooled": stats.pooled} if stats.pooled else {}),
+        **({"fallback": fallback} if fallback else {}),
     }
 
 

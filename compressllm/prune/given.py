@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressllm.core.errors import FormatError, PatternError, RecipeError
@@ -16,6 +16,7 @@ from compressllm.core.stats import InputStats
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.linears import PrunableLinear
 from compressllm.models.loading import resolve_model, skeleton, tensor_names
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.plan import make_plan
@@ -83,9 +84,9 @@ class GivenMasks:
             raise FormatError(f"{self._where}: the mask of {name} is gone; it must not change while it is read")
         return pattern.keep(keep.float()) if isinstance(pattern, NM) else keep
 
-    def _same_linears(self, there: Mapping[str, nn.Linear], here: Mapping[str, nn.Linear]) -> None:
+    def _same_linears(self, there: Mapping[str, PrunableLinear], here: Mapping[str, PrunableLinear]) -> None:
         for name in [*here, *there]:
-            ours, theirs = (tuple(all_[name].weight.shape) if name in all_ else None for all_ in (here, there))
+            ours, theirs = (all_[name].shape if name in all_ else None for all_ in (here, there))
             if ours != theirs:
                 raise FormatError(
                     f"{self._where}: {_has(name, theirs)}, and the model {_has(name, ours)}; "

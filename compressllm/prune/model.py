@@ -18,11 +18,11 @@ from compressllm.core.protocols import ALLOCATORS, PRUNERS, Pruned
 from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
-from compressllm.models.blocks import find_blocks
+from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.models.record import FolderRecord, FollowingRecord, LiveRecord, Record, Rows, computed_on
 from compressllm.prune.allocation import Plan, allocate
-from compressllm.prune.apportion import Shape, planned_sparsity
+from compressllm.prune.apportion import planned_sparsity
 from compressllm.prune.block import prune_block
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.dense import dense_pass
@@ -43,7 +43,8 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     pruner, allocator = build(PRUNERS, config.method, {"seed": run.seed}), build(ALLOCATORS, config.allocation)
     given = open_given(config, pruner, bundle)
     asked = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
-    shapes = {name: _shape(bundle, name) for name in asked}
+    linears = all_linears(bundle.model)
+    shapes = {name: linears[name].shape for name in asked}
     windows = _windows(bundle, config, run) if pruner.needs | allocator.needs else None
     ids = run.ranks.share(windows.ids) if windows else None
     device, dtype = _compute(bundle, config, run)
@@ -93,11 +94,6 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         resumed_at_block=record.done or None,
     )
     return pruned_bundle
-
-
-def _shape(bundle: Bundle, name: str) -> Shape:
-    out, columns = bundle.model.get_parameter(f"{name}.weight").shape
-    return out, columns
 
 
 def _compute(bundle: Bundle, config: PruneConfig, run: Run) -> tuple[torch.device, torch.dtype]:

@@ -45,7 +45,7 @@ def make_plan(
             continue
         if isinstance(chosen, Unstructured):
             chosen = chosen.within(group)
-        if reason := chosen.refuses(tuple(linear.weight.shape)):
+        if reason := chosen.refuses(linear.shape):
             raise PatternError(f"{name}: {reason}; name it under skip to leave it dense")
         plan[name] = chosen
     if not plan:

@@ -14,6 +14,7 @@ from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
 from compressllm.kernels.linear import swap_linears_
 from compressllm.models.bundle import Bundle
+from compressllm.models.linears import held_otherwise
 
 
 def evaluate_stage(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
@@ -60,6 +61,7 @@ def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[s
     """
     device = choose_device(config.device)
     model = bundle.live(choose_dtype(config.dtype, bundle.stored_dtype, device), device)
-    choices = swap_linears_(model, bundle.masks, bundle.patterns, config.backend)
+    other = {linear.name: linear.form for linear in held_otherwise(model).values() if linear.form}
+    choices = swap_linears_(model, bundle.masks, bundle.patterns, config.backend, other)
     refused = {name: reason for choice in choices.values() for name, reason in choice.refused.items()}
     return model, {"linears": dict(Counter(choice.name for choice in choices.values())), "refused": refused}

@@ -72,7 +72,7 @@ def test_what_all_ranks_share_is_summed_once_and_nothing_else_is_shared(
         with launched_ranks() as ranks:
             sum_ = ranks.sum_
             ranks.sum_ = lambda tensors: sizes.append(len(tensors)) or sum_(tensors)
-            pooled = finish_stats(ranks, mine, CPU)
+            pooled = finish_stats(pool_stats(ranks, mine, CPU))
         assert pooled["q"] is pooled["k"]
         assert len({id(pooled[name]) for name in ("q", "gate", "up")}) == 3
         return sizes, {name: (one.tokens, one.hessian) for name, one in pooled.items()}
