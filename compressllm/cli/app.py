@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli import evaluate, export, generate, inspection, listing, prune, recipe, run
+from compressllm.cli import evaluate, export, generate, inspection, listing, permute, prune, recipe, run
 from compressllm.cli.output import say
 from compressllm.core.errors import CompressError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run.run)
+app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
