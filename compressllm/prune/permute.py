@@ -86,7 +86,8 @@ def choose_channels(bundle: Bundle, config: PermuteConfig) -> Found:
     Raises: FormatError for a model that is pruned already; UnsupportedModelError if none of a kind can be.
     """
     if bundle.patterns or bundle.masks:
-        raise FormatError("the model is pruned already, and another order would break its pattern; permute it before")
+        where = f"{bundle.checkpoint.folder}: " if bundle.checkpoint else ""
+        raise FormatError(f"{where}is pruned already, and another order breaks its pattern; permute the dense model")
     found = find_channels(bundle.model, config.scope, config.pattern)
     for scope in config.scope:
         if not any(one.scope == scope for one in found.channels):
