@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from compressllm.calibration.walker import WalkOptions, walk_blocks
 from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelError
+from compressllm.core.parallel import map_batches
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
 from compressllm.core.run import Run
@@ -126,28 +127,36 @@ def _find_orders(
         stats = block.collect(criterion.needs)
         for linear in block.linears:
             tensor, seen = f"{linear}.weight", stats.pop(linear)
-            if tensor not in readers:
-                continue
-            name, slot = readers[tensor]
-            rows = gathering[name]
-            with torch.inference_mode():
-                weight = weights.read(tensor).to(block.device, torch.float32)
-                rows.add_(slot, criterion.score(weight, seen))
-                if rows.complete:
-                    del gathering[name]
-                    matrix = rows.matrix()
-                    orders[name] = find_order(matrix, config.pattern, config.rounds, run.seed)
-                    _log(run, rows, matrix.shape[1], orders[name])
+            if tensor in readers:
+                name, slot = readers[tensor]
+                with torch.inference_mode():
+                    weight = weights.read(tensor).to(block.device, torch.float32)
+                    gathering[name].add_(slot, criterion.score(weight, seen))
+        complete = [rows for rows in gathering.values() if rows.complete]
+        for rows, order in zip(complete, _search(complete, config, run.seed, block.device), strict=True):
+            orders[rows.channels.name] = order
+            _log(run, rows, order)
+            del gathering[rows.channels.name]
     return {one.name: orders[one.name] for one in channels}
 
 
-def _log(run: Run, rows: ScoreRows, used: int, order: Order) -> None:
+def _search(complete: Sequence[ScoreRows], config: PermuteConfig, seed: int, device: torch.device) -> Iterator[Order]:
+    """An order of each channels. On a CPU each search has one core: its operators are too short to be split."""
+
+    def search(index: int) -> Order:
+        with torch.inference_mode():
+            return find_order(complete[index].matrix(), config.pattern, config.rounds, seed)
+
+    return map_batches(search, len(complete), device)
+
+
+def _log(run: Run, rows: ScoreRows, order: Order) -> None:
     run.log(
         permutation=rows.channels.name,
         scope=rows.channels.scope,
         sets=rows.channels.sets,
         channels=rows.channels.size,
-        rows=used,
+        rows=rows.kept,
         rows_available=rows.available,
         retained_before=order.before,
         retained_dealt=order.dealt,

@@ -10,12 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compressllm import __version__
 from compressllm.core.errors import FormatError, RunError
 from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.facts import Facts
+from compressllm.models.facts import write_dense_facts
 from compressllm.models.loading import tensor_names
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
@@ -137,12 +136,7 @@ class WrittenRefolded:
         self._out.finish()
         self._source.copy_side_files(self._work)
         sha256 = _write_permutations(self._folds.orders, self._work)
-        files = sorted(path for path in self._work.iterdir() if path.suffix == ".safetensors")
-        Facts(
-            written_by=__version__,
-            source={"folder": self._source.folder.name, "permutations_sha256": sha256},
-            sha256={path.name: file_sha256(path) for path in files},
-        ).write(self._work)
+        write_dense_facts(self._work, {"folder": self._source.folder.name, "permutations_sha256": sha256})
         shutil.copyfile(self._work / PERMUTATIONS_NAME, self._folder / PERMUTATIONS_NAME)
         self._work.replace(self._final)
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model), sha256

@@ -35,6 +35,11 @@ class ScoreRows:
         """Whether every linear has been added."""
         return len(self._parts) == len(self.channels.readers)
 
+    @property
+    def kept(self) -> int:
+        """Rows in `matrix`."""
+        return sum(part.shape[1] for part in self._parts)
+
     def add_(self, slot: Slot, scores: Tensor) -> None:
         """Count a reader's (out, in) scores.
 
