@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,14 @@ class BlockInputs:
 
         Raises: UnsupportedModelError if the block does not give back hidden states.
         """
-        hidden = self._hidden[batch].to(self._device)
+        return self.call(module, name, self.hidden(batch))
+
+    def hidden(self, batch: int) -> Tensor:
+        """(windows, seqlen, hidden) inputs of the current block, on the device it runs on."""
+        return self._hidden[batch].to(self._device)
+
+    def call(self, module: nn.Module, name: str, hidden: Tensor) -> Tensor | None:
+        """As `forward`, of hidden states in place of a batch's own."""
         try:
             with torch.inference_mode():
                 result = self._calls[hidden.shape[0]][self._block].run(module, hidden)
@@ -208,20 +216,42 @@ def _record(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor) -> tuple
             raise Enough
         return hidden.as_subclass(_Echo)
 
+    with _in_place_of(blocks, stub), contextlib.suppress(Enough), torch.inference_mode():
+        model.base_model(input_ids=ids, use_cache=False)
+    if len(calls) != len(blocks.modules):
+        raise UnsupportedModelError(f"{type(model).__name__}: called {len(calls)} of its {len(blocks.modules)} blocks")
+    return first[0], calls
+
+
+def finish_windows(model: PreTrainedModel, blocks: DecoderBlocks, ids: Tensor, hidden: Tensor) -> Tensor:
+    """(windows, seqlen, vocabulary) logits that the model makes of what its last block put out.
+
+    The blocks themselves are not run, so they may be on the meta device.
+
+    Args:
+        ids: (windows, seqlen) token ids.
+        hidden: (windows, seqlen, hidden).
+    """
+
+    def stub(*args: Any, **kwargs: Any) -> Tensor:
+        return hidden.as_subclass(_Echo)
+
+    with _in_place_of(blocks, stub), torch.inference_mode():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.as_subclass(Tensor)
+
+
+@contextlib.contextmanager
+def _in_place_of(blocks: DecoderBlocks, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """Have ``stub`` called in the place of every block."""
     modules: Sequence[nn.Module] = list(blocks.modules)
     own = [vars(module).get("forward") for module in modules]  # accelerate puts one on modules that it moves
     for module in modules:
         module.forward = stub
     try:
-        with torch.inference_mode():
-            model.base_model(input_ids=ids, use_cache=False)
-    except Enough:
-        pass
+        yield
     finally:
         for module, forward in zip(modules, own, strict=True):
             del module.forward  # the class's shows again
             if forward is not None:
                 module.forward = forward
-    if len(calls) != len(modules):
-        raise UnsupportedModelError(f"{type(model).__name__}: called {len(calls)} of its {len(modules)} blocks")
-    return first[0], calls

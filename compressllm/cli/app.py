@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli import evaluate, export, generate, inspection, listing, prune, recipe, run, sweep
+from compressllm.cli import evaluate, export, generate, inspection, listing, permute, prune, recipe, run, sweep
 from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run.run)
+app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(sweep.sweep)
 app.command()(export.export)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compressllm.cli.agreement import Against, Tokens, Tolerance, compare_logits
 from compressllm.cli.arguments import AsJson, Model
 from compressllm.cli.output import bytes_text, print_json, results, say, show
 
@@ -38,8 +39,21 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     )
 
 
-def verify(model: Model, pattern: PatternOption = None, as_json: AsJson = False) -> None:
-    """Check patterns, masks, -0.0, non-finite values and file hashes. Exit code 1 if anything is wrong."""
+def verify(
+    model: Model,
+    pattern: PatternOption = None,
+    against: Against = None,
+    tokens: Tokens = 256,
+    tolerance: Tolerance = 1e-5,
+    as_json: AsJson = False,
+) -> None:
+    """Check patterns, masks, -0.0, non-finite values and file hashes. Exit code 1 if anything is wrong.
+
+    With --against, check instead that the model computes what another does.
+    """
+    if against is not None:
+        compare_logits(model, against, tokens, tolerance, as_json)
+        return
     from compressllm.core.pattern import parse_pattern
     from compressllm.models.survey import damaged_files
 

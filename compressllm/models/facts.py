@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,10 @@ from pydantic import (
     model_serializer,
 )
 
+from compressllm import __version__
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern, parse_pattern
+from compressllm.models.shards import file_sha256
 
 FILE_NAME = "compressllm.json"
 
@@ -91,6 +94,17 @@ class Facts(BaseModel):
     def write(self, folder: Path) -> None:
         """Write ``compressllm.json`` into ``folder``."""
         (folder / FILE_NAME).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def write_dense_facts(folder: Path, source: Mapping[str, Any]) -> None:
+    """Write the facts of a checkpoint without sparse linears, whose weight files are all in ``folder`` already.
+
+    Args:
+        source: Where the weights came from.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    hashes = {path.name: file_sha256(path) for path in files}
+    Facts(written_by=__version__, source=dict(source), sha256=hashes).write(folder)
 
 
 def read_facts(folder: Path) -> Facts | None:

@@ -148,7 +148,7 @@ class FolderRecord:
                 for name, pattern, linear in ((n, p, self._linears[n]) for n, p in self._patterns.items())
             },
             masks_sha256=masks.sha256(),
-            source={"folder": self._source.folder.name},
+            source={**(self._source.facts.source if self._source.facts else {}), "folder": self._source.folder.name},
             sha256={path.name: file_sha256(path) for path in files},
         ).write(self._work)
         self._work.replace(self._final)  # the journal stays: if killed now, the next call ends where this one did

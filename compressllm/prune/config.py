@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.core.config import Config, Device, Dtype, Pattern, PatternOrDense, method_of
 from compressllm.core.pattern import NM
 from compressllm.core.protocols import ALLOCATORS, PRUNERS
+from compressllm.core.registry import build
 
 
 class PruneConfig(Config):
@@ -37,3 +38,42 @@ class PruneConfig(Config):
     """Where the forward passes run. A model already in memory stays where it is."""
     activation_memory_gb: float = Field(default=4.0, ge=0)
     """Hidden states held in memory; more spill to disk."""
+
+
+class PermuteConfig(Config):
+    """Reorder channels so that an N:M pattern keeps more, at no cost: the model computes the same."""
+
+    pattern: Pattern = NM(2, 4)
+    """The N:M pattern that the model is to be pruned to."""
+    score: method_of(PRUNERS) = "wanda"  # type: ignore[valid-type]
+    """What counts as kept: a pruner that scores each weight, as magnitude, wanda or ria do."""
+    scope: tuple[Literal["mlp", "attention", "residual"], ...] = Field(
+        default=("mlp", "attention", "residual"), min_length=1
+    )
+    """Channels to reorder: inside MLPs, inside attention heads, and in the stream between the blocks."""
+    rounds: int = Field(default=100, ge=0)
+    """Search effort: rounds of exchanges for each order, at most."""
+    rows: int = Field(default=16384, ge=1)
+    """Rows of scores looked at for each order; of more, a random sample."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """Text the score looks at, if it looks at any."""
+    dtype: Dtype = "auto"
+    """Dtype of the forward passes; what is stored keeps its own. A model already in memory keeps its dtype."""
+    device: Device = "auto"
+    """Where the forward passes and the search run. A model already in memory stays where it is."""
+    activation_memory_gb: float = Field(default=4.0, ge=0)
+    """Hidden states held in memory; more spill to disk."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _groups(cls, pattern: object) -> object:
+        if not isinstance(pattern, NM):
+            raise ValueError(f"{pattern} has no groups that an order of channels matters to; give N:M as in 2:4")
+        return pattern
+
+    @field_validator("score")
+    @classmethod
+    def _scores(cls, spec: object) -> object:
+        if not callable(getattr(build(PRUNERS, spec), "score", None)):  # type: ignore[arg-type]
+            raise ValueError(f"{spec!r} does not score weights one by one; give magnitude, wanda or another criterion")
+        return spec

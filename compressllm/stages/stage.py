@@ -10,7 +10,7 @@ from compressllm.core.config import Config
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.export.config import ExportConfig
-from compressllm.prune.config import PruneConfig
+from compressllm.prune.config import PermuteConfig, PruneConfig
 
 if TYPE_CHECKING:
     from compressllm.models.bundle import Bundle
@@ -57,6 +57,20 @@ def _plan_prune(bundle: Bundle, config: PruneConfig) -> str:
     return f"{config.method}, {len(plan)} linears to {patterns}"
 
 
+def _permute(bundle: Bundle, config: PermuteConfig, run: Run) -> Bundle:
+    from compressllm.prune.permute import permute_model
+
+    return permute_model(bundle, config, run)
+
+
+def _plan_permute(bundle: Bundle, config: PermuteConfig) -> str:
+    from compressllm.prune.permute import choose_channels
+
+    channels = choose_channels(bundle, config).channels
+    counts = (f"{sum(one.scope == scope for one in channels)} {scope}" for scope in dict.fromkeys(config.scope))
+    return f"channels for {config.pattern} by {config.score}: {', '.join(counts)}"
+
+
 def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
     from compressllm.stages.export import export_stage
 
@@ -72,6 +86,7 @@ def _evaluate(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
+        Stage("permute", PermuteConfig, _permute, _plan_permute, writes_model=True),
         Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
         Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
