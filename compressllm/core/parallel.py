@@ -12,16 +12,16 @@ import torch
 R = TypeVar("R")
 
 
-def map_batches(work: Callable[[int], R], batches: int, device: torch.device) -> Iterator[R]:
+def map_batches(work: Callable[[int], R], batches: int, device: torch.device, first_alone: bool = True) -> Iterator[R]:
     """Yield ``work(0), work(1), …`` in order.
 
     On a CPU as many batches run at once as torch has threads, each with its operators on one thread. That keeps all
     cores busy where operators split over cores spend their time waiting for each other, and it makes every result
-    the same, bit for bit, whatever the number of threads. The first batch runs alone, so that ``work`` may learn
-    from it. Elsewhere batches run one after the other.
+    the same, bit for bit, whatever the number of threads. Elsewhere batches run one after the other.
 
     Args:
         work: Must not depend on the order of batches after the first. Runs in other threads.
+        first_alone: Let the first batch be over before others begin, so that ``work`` may learn from it.
     """
     if device.type != "cpu":
         yield from map(work, range(batches))
@@ -32,7 +32,7 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device) ->
         try:
             for batch in range(batches):
                 waiting.append(pool.submit(work, batch))
-                if batch == 0 or len(waiting) > workers:  # results wait in memory, so only a few may
+                if (first_alone and batch == 0) or len(waiting) > workers:  # results wait in memory, so only a few may
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

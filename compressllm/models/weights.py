@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,6 +19,10 @@ class Weights(Protocol):
 
     def load_(self, name: str) -> None:
         """Make the parameters of the module at path ``name`` real."""
+        ...
+
+    def load_original_(self, name: str) -> None:
+        """Make the parameters of the module at path ``name`` real, as they were before the walk."""
         ...
 
     def load_outside_(self, blocks: str) -> None:
@@ -49,6 +54,10 @@ class LiveWeights:
 
     def load_(self, name: str) -> None:
         """Nothing to do."""
+
+    def load_original_(self, name: str) -> None:
+        """Refused: what was changed in place is lost."""
+        raise TypeError(f"{name}: a model in memory does not keep what its blocks were before they were changed")
 
     def load_outside_(self, blocks: str) -> None:
         """Nothing to do."""
@@ -104,10 +113,11 @@ class StreamedWeights:
 
     def load_(self, name: str) -> None:
         """Read the module's tensors and put them on the device."""
-        read = self._out.read if name in self.finished else self._source.read
-        for key in self._inside(name):
-            self._held[key] = read(self._stored_name[key])
-            place_(self._model, key, self._held[key], self._dtype, self._device)
+        self._load_(name, self._out.read if name in self.finished else self._source.read)
+
+    def load_original_(self, name: str) -> None:
+        """Read the module's tensors from the source, finished or not, and put them on the device."""
+        self._load_(name, self._source.read)
 
     def load_outside_(self, blocks: str) -> None:
         """Read what lies outside the blocks, but for the output head, which no block needs."""
@@ -148,6 +158,11 @@ class StreamedWeights:
             if name not in inside:
                 self._out.write(name, self._source.read(name))
         self._out.sync()
+
+    def _load_(self, name: str, read: Callable[[str], Tensor]) -> None:
+        for key in self._inside(name):
+            self._held[key] = read(self._stored_name[key])
+            place_(self._model, key, self._held[key], self._dtype, self._device)
 
     def _inside(self, name: str) -> list[str]:
         return [key for key in self._stored_name if key.startswith(f"{name}.")]

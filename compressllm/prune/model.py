@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.models.record import FolderRecord, LiveRecord, Record, Rows
 from compressllm.models.weights import Weights
-from compressllm.prune.config import PruneConfig
+from compressllm.prune.config import PruneConfig, ReconstructConfig
 from compressllm.prune.plan import make_plan
+from compressllm.prune.reconstruct import mean_errors, reconstruct_, tapped
 
 
 def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | None = None) -> Bundle:
@@ -37,15 +39,19 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     config, run = config or PruneConfig(), run or Run()
     pruner = build(PRUNERS, config.method, {"seed": run.seed})
     plan = make_plan(bundle.model, config.pattern, config.skip, pruner.group)
-    windows = _windows(bundle, config, run) if pruner.needs else None
+    windows = _windows(bundle, config, run) if pruner.needs or config.reconstruct else None
     device, dtype = _compute(bundle, config)
     record = _open_record(bundle, config, run, plan, windows, dtype, device)
     options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
+    if config.reconstruct:
+        options = replace(options, target=config.reconstruct.target, tapped=tapped(config.reconstruct))
 
     ids = windows.ids if windows else None
     blocks = walk_blocks(bundle.model, ids, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
         masks, rows = _prune_block(block, pruner, plan, record.weights, run)
+        if config.reconstruct:
+            _reconstruct_block(block, masks, rows, record.weights, config.reconstruct, run)
         record.finish(block.name, masks, rows)
 
     pruned_bundle = record.close()
@@ -60,6 +66,8 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         device=str(device),
         resumed_at_block=record.done or None,
     )
+    if config.reconstruct:
+        run.metrics["reconstruct"] = mean_errors(record.rows)
     return pruned_bundle
 
 
@@ -83,6 +91,18 @@ def _prune_block(
         rows.append(_row(name, weight, pruned, seen, plan[name]))
         weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
     return masks, rows
+
+
+def _reconstruct_block(
+    block: Block, masks: Mapping[str, Tensor], rows: Rows, weights: Weights, config: ReconstructConfig, run: Run
+) -> None:
+    """Train what stays of a pruned block, in place, and add to each linear's row what came of it."""
+    row_of = {row["linear"]: row for row in rows}
+    for refit in reconstruct_(block, masks, weights, config, run.seed):
+        if refit.fallback:
+            run.warn(f"{refit.unit}: {refit.fallback}")
+        for name in refit.linears:
+            row_of[name].update(refit.facts())
 
 
 def _compute(bundle: Bundle, config: PruneConfig) -> tuple[torch.device, torch.dtype]:
