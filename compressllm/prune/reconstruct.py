@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressllm.calibration.inputs import Call, Enough, Tap, hidden_states
 from compressllm.calibration.walker import Block
-from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.errors import CalibrationError, UnsupportedModelError
 from compressllm.core.parallel import map_batches
 from compressllm.models.weights import Weights
 from compressllm.prune.config import ReconstructConfig
@@ -99,6 +99,8 @@ def reconstruct_(
         seed: With the block's index, gives the order of the windows.
 
     Returns: What was trained, or nothing if no weight of the block was pruned.
+
+    Raises: CalibrationError if outputs are not finite; UnsupportedModelError.
     """
     if all(bool(keep.all()) for keep in masks.values()):
         return []
@@ -166,6 +168,7 @@ class _Unit:
         sizes = list(self._map(lambda i: float(parameters[i].detach().square().mean().sqrt()), range(len(parameters))))
         windows = range(block.windows)
         self._energy = math.fsum(self._map(self._window_energy, windows)) / block.windows
+        self._energy = max(self._energy, torch.finfo(torch.float32).tiny)
         before = self._error()
 
         steps = config.epochs * -(-block.windows // config.batch)
@@ -175,8 +178,11 @@ class _Unit:
             foreach=False,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
-        finite = math.isfinite(before) and before > 0
-        for chosen in _batches(block.windows, config.batch, config.epochs, seed + block.index) if finite else ():
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"{self._name}: outputs are not finite; check the checkpoint, or calibrate with --dtype float32"
+            )
+        for chosen in _batches(block.windows, config.batch, config.epochs, seed + block.index):
             loss, gradients = self._gradients(chosen, parameters)
             if not math.isfinite(loss):
                 break
@@ -190,7 +196,7 @@ class _Unit:
             value = parameter.detach().to(stored[name])
             values[name] = value if mask is None else value.masked_fill(~mask, 0.0)
             parameter.data.copy_(values[name])
-        return before, self._error() if finite else before, values
+        return before, self._error(), values
 
     def _gradients(self, chosen: Sequence[int], parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """Loss and gradients of a batch of windows."""
@@ -256,7 +262,8 @@ class _Unit:
 def _float32(block: Block, weights: Weights) -> Iterator[tuple[dict[str, nn.Parameter], dict[str, torch.dtype]]]:
     """Put float32 copies in the places of a block's parameters and float buffers.
 
-    Yields the parameters, and the dtypes they are stored in, by full name. The copies are made from what is stored, need no gradient, and are gone when the context is left.
+    Yields the parameters, and the dtypes they are stored in, by full name. The copies are made from what is stored,
+    need no gradient, and are gone when the context is left.
     """
     own: list[tuple[dict[str, Any], str, Any]] = []
     copies: dict[str, nn.Parameter] = {}
