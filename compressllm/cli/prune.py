@@ -16,6 +16,7 @@ def prune(
     out: Out,
     method: Annotated[str | None, flag(PruneConfig, "method")] = None,
     pattern: Annotated[str | None, flag(PruneConfig, "pattern")] = None,
+    reconstruct: Annotated[str | None, flag(PruneConfig, "reconstruct")] = None,
     data: Data = None,
     samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
@@ -27,9 +28,10 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint in one shot. The pruned model is OUT/model."""
-    from compressllm.stages.recipe import make_recipe, method_spec
+    from compressllm.stages.recipe import make_recipe, method_spec, switch_or_mapping
 
     settings = given(method=method_spec(method), pattern=pattern, skip=skip, dtype=dtype, device=device)
+    settings |= given(reconstruct=switch_or_mapping(reconstruct, "--reconstruct"))
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
     run_and_print(recipe, out, resume, as_json)

@@ -28,7 +28,7 @@ class ReconstructConfig(Config):
     """Passes over the calibration windows."""
     batch: int = Field(default=8, ge=1)
     """Windows in a step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=0.01, gt=0)
     """Adam's largest step, as a fraction of the root mean square of the tensor."""
     betas: tuple[Unit, Unit] = (0.9, 0.95)
     """Adam's averages of the gradient and of its square."""
