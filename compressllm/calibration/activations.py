@@ -29,6 +29,7 @@ class Activations:
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, limit: int, folder: Path | None = None
     ) -> None:
+        self._limit, self._folder = limit, folder
         self._specs = [TensorSpec(dtype, tuple(shape)) for shape in shapes]
         self._offsets = [sum(s.bytes for s in self._specs[:i]) for i in range(len(self._specs))]
         self.bytes = sum(spec.bytes for spec in self._specs)
@@ -37,6 +38,14 @@ class Activations:
         self._file = tempfile.TemporaryFile(dir=folder) if self.spilled else None  # noqa: SIM115 (held open)
         if self._file is not None:
             os.ftruncate(self._file.fileno(), self.bytes)
+
+    def empty_like(self) -> Activations:
+        """As many batches of the same shapes, none of them filled."""
+        return Activations([spec.shape for spec in self._specs], self._specs[0].dtype, self._limit, self._folder)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of a batch."""
+        return self._specs[index].shape
 
     def __len__(self) -> int:
         return len(self._specs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +55,16 @@ class Call:
 
         return Call(tree_map(move, self.args), tree_map(move, self.kwargs), self.keyword)
 
+    def copy(self) -> Call:
+        """The same call with copies of its tensors, floats in float32: outside inference mode fit for autograd."""
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
+
+        return Call(tree_map(copied, self.args), tree_map(copied, self.kwargs), self.keyword)
+
     def same_as(self, other: Call) -> bool:
         """Whether both pass equal arguments."""
         mine, form = tree_flatten((self.args, self.kwargs))
@@ -61,6 +73,53 @@ class Call:
             torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
             for a, b in zip(mine, theirs, strict=True)
         )
+
+
+class Tap:
+    """Catches what one submodule gives back while it is entered, in every thread its own.
+
+    Args:
+        module: The submodule.
+        last: Raise `Enough` once it has run.
+    """
+
+    def __init__(self, module: nn.Module, last: bool = False) -> None:
+        self._module, self._last = module, last
+        self._caught = threading.local()
+
+    def __enter__(self) -> Tap:
+        self._handle = self._module.register_forward_hook(self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def take(self) -> Any:
+        """What was caught last in this thread; None if nothing was."""
+        caught, self._caught.output = getattr(self._caught, "output", None), None
+        return caught
+
+    def _catch(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._caught.output = output
+        if self._last:
+            raise Enough
+
+
+def hidden_states(result: Any, like: Tensor, name: str) -> Tensor:
+    """The hidden states in what the module ``name`` gave back.
+
+    Raises: UnsupportedModelError if there are none of the shape and dtype of ``like``.
+    """
+    out = result[0] if isinstance(result, tuple) else result
+    if not isinstance(out, Tensor) or out.shape != like.shape or out.dtype != like.dtype:
+        raise UnsupportedModelError(f"{name}: gave back {type(out).__name__}, not hidden states like its input's")
+    return out
+
+
+def one_window(hidden: Activations, window: int) -> Tensor:
+    """One window's (1, seqlen, hidden) states as a float32 copy, on the CPU."""
+    batch, row = divmod(window, hidden.shape(0)[0])  # only the last batch may be shorter
+    return hidden[batch][row : row + 1].to(torch.float32, copy=True)
 
 
 class BlockInputs:
@@ -80,6 +139,22 @@ class BlockInputs:
         self._hidden, self._calls, self._device = hidden, calls, device
         self._memory_limit = memory_limit
         self._block = 0
+
+    def fork(self) -> BlockInputs:
+        """The same hidden states, to be sent on their own way."""
+        hidden = self._hidden.empty_like()
+        for batch in range(len(hidden)):
+            hidden[batch] = self._hidden[batch]
+        return BlockInputs(hidden, self._calls, self._device, self._memory_limit)
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return sum(self._hidden.shape(batch)[0] for batch in range(len(self._hidden)))
+
+    def example(self, window: int) -> tuple[Tensor, Call]:
+        """One window's (1, seqlen, hidden) input of the current block and how it is called, as float32 copies."""
+        return one_window(self._hidden, window).to(self._device), self._calls[1][self._block].copy()
 
     def each_batch(self, work: Callable[[int], R], *, rounds: bool = False) -> Iterator[R]:
         """Yield what ``work`` makes of every batch, in order; see `map_batches`."""
@@ -103,10 +178,31 @@ class BlockInputs:
                 result = self._calls[hidden.shape[0]][self._block].run(module, hidden)
         except Enough:
             return None
-        out = result[0] if isinstance(result, tuple) else result
-        if not isinstance(out, Tensor) or out.shape != hidden.shape or out.dtype != hidden.dtype:
-            raise UnsupportedModelError(f"{name}: gave back {type(out).__name__}, not hidden states like its input's")
-        return out
+        return hidden_states(result, hidden, name)
+
+    def outputs(self, module: nn.Module, name: str, tapped: Sequence[str] = ()) -> dict[str, Activations]:
+        """What the current block, under ``""``, and the submodules of it at these paths put out for every batch."""
+        made = {path: self._hidden.empty_like() for path in ("", *tapped)}
+        taps = {path: Tap(module.get_submodule(path)) for path in tapped}
+
+        def note(batch: int) -> None:
+            out = self.forward(module, name, batch)
+            if out is not None:
+                made[""][batch] = out
+            for path, tap in taps.items():
+                made[path][batch] = hidden_states(tap.take(), self._hidden[batch], f"{name}.{path}")
+
+        with ExitStack() as stack:
+            for tap in taps.values():
+                stack.enter_context(tap)
+            for _ in self.each_batch(note):
+                pass
+        return made
+
+    def replace_(self, outputs: Activations) -> None:
+        """Move on to the next block, whose inputs are these outputs of the current one."""
+        self._hidden = outputs
+        self._block += 1
 
     def advance(self, module: nn.Module, name: str) -> None:
         """Put every batch through the current block and move on to the next."""
@@ -180,7 +276,7 @@ def embed_windows(
         )
     calls: dict[int, list[Call]] = {}
     batches = torch.split(windows, batch_windows)
-    shown, _ = _record(model, blocks, batches[0][:1].to(device))  # for its dtype and hidden size
+    shown, calls[1] = _record(model, blocks, batches[0][:1].to(device))
     shapes = [(len(batch), *shown.shape[1:]) for batch in batches]
     hidden = Activations(shapes, shown.dtype, memory_limit, spill_folder)
     for index, ids in enumerate(batches):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def step_through(
     forward: Callable[[int], object],
     batches: int,
     ranks: Ranks = ALONE,
-) -> Iterator[dict[str, InputStats]]:
+) -> Generator[dict[str, InputStats], None, None]:
     """Yield the statistics of one group of linears after another, from a single forward pass over all batches.
 
     The pass stands still before a group while its statistics are with the caller, who may change its weights; it goes

@@ -8,16 +8,18 @@ Source: the block loop of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.116
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressllm.calibration.activations import Activations
 from compressllm.calibration.experts import eager_experts, experts_among
-from compressllm.calibration.inputs import BlockInputs, embed_windows
+from compressllm.calibration.inputs import BlockInputs, Call, embed_windows, one_window
 from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
 from compressllm.core.errors import UnsupportedModelError
@@ -47,8 +49,27 @@ class Block:
     device: torch.device
     _inputs: BlockInputs | None = field(repr=False)
     _ranks: Ranks = field(default=ALONE, repr=False)
+    _targets: Mapping[str, Activations] = field(repr=False, default_factory=dict)
     stepped: bool = False
     """Whether the windows have gone through the changed block already."""
+
+    @property
+    def windows(self) -> int:
+        """How many windows are sent through."""
+        return self._inputs.windows if self._inputs is not None else 0
+
+    def example(self, window: int, path: str = "") -> tuple[Tensor, Call, Tensor]:
+        """What one window gives the block to learn: its input, how it is called, and what it should put out.
+
+        All are copies in float32 on the block's device, fit for autograd; hidden states are (1, seqlen, hidden).
+
+        Args:
+            path: The submodule whose output is wanted, one of those `WalkOptions.tapped` named; itself if empty.
+        """
+        if self._inputs is None or path not in self._targets:
+            raise ValueError(f"{self.name}: the walk was not asked for what {path or 'the block'} should put out")
+        hidden, call = self._inputs.example(window)
+        return hidden, call, one_window(self._targets[path], window).to(self.device)
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
@@ -75,7 +96,8 @@ class Block:
         """Statistics of one group of linears after another, each to be changed before the next is asked for.
 
         One forward pass serves all of it, and the windows on their way to the next block too; see `step_through`.
-        Ask for all groups. Changing the block once more afterwards wants `stepped` set back to False.
+        Ask for all groups. If the walk was asked for what blocks should put out, they may be changed once more, and
+        the windows go to the next block by another pass.
 
         Raises: UnsupportedModelError if the block does not call each of its linears once for all tokens;
             CalibrationError as `collect`, and if the windows do not fit into memory so.
@@ -98,7 +120,13 @@ class Block:
             if (out := inputs.forward(self.module, self.name, batch)) is not None:
                 inputs.put(batch, out)
 
-        yield from step_through(self._modules(), groups, needs, forward, len(inputs), self._ranks)
+        steps = step_through(self._modules(), groups, needs, forward, len(inputs), self._ranks)
+        for _ in groups:
+            yield next(steps)
+        if self._targets:
+            steps.close()  # the block's inputs are still wanted, so its outputs must not take their place
+            return
+        next(steps, None)
         self.stepped = True
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -116,6 +144,10 @@ class WalkOptions:
         memory_limit: Bytes of hidden states held in memory; more spill to disk.
         spill_folder: Where they spill to; None for the system's temporary folder.
         ranks: The processes whose windows are counted together.
+        target: What a block should put out, if a caller wants to know: ``dense``, what it does in the unchanged
+            model, of which a second stream of hidden states is kept; or ``block``, what it would make, unchanged, of
+            what the changed blocks before it give it.
+        tapped: Paths in a block of the submodules whose outputs are wanted too.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -123,6 +155,8 @@ class WalkOptions:
     memory_limit: int = 4 << 30
     spill_folder: Path | None = None
     ranks: Ranks = ALONE
+    target: Literal["dense", "block"] | None = None
+    tapped: Callable[[nn.Module], Sequence[str]] = lambda block: ()
 
 
 def _batch_tokens(options: WalkOptions) -> int:
@@ -179,19 +213,34 @@ def _walk(
             windows,
             device=options.device,
             batch_windows=max(1, _batch_tokens(options) // windows.shape[1]),
-            memory_limit=options.memory_limit,
+            memory_limit=options.memory_limit // (3 if options.target else 1),  # inputs, targets, tapped ones
             spill_folder=options.spill_folder,
         )
         weights.release_outside_(blocks.prefix)
+    dense = inputs.fork() if inputs is not None and options.target == "dense" else None
     for index, module in enumerate(blocks.modules):
         name = blocks.name(index)
         if index < start and inputs is None:
             continue
+        if index < start and dense is not None:
+            weights.load_original_(name)
+            dense.advance(module, name)
+            weights.release_(name)
         weights.load_(name)
-        block = Block(index, name, module, find_linears(module, name), options.device, inputs, options.ranks)
+        stepped = False
         if index >= start:
+            targets: dict[str, Activations] = {}
+            if inputs is not None and options.target:
+                targets = (dense or inputs).outputs(module, name, options.tapped(module))
+            if dense is not None:
+                dense.replace_(targets[""])
+            block = Block(
+                index, name, module, find_linears(module, name), options.device, inputs, options.ranks, targets
+            )
             yield block
-        if inputs is not None and block.stepped:
+            stepped = block.stepped
+            targets.clear()  # the block may still be referred to
+        if inputs is not None and stepped:
             inputs.next_block()
         elif inputs is not None and index + 1 < len(blocks.modules):
             inputs.advance(module, name)

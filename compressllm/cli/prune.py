@@ -19,6 +19,7 @@ def prune(
     method: Annotated[str | None, flag(PruneConfig, "method")] = None,
     pattern: Annotated[str | None, flag(PruneConfig, "pattern")] = None,
     masks: Annotated[str | None, flag(PruneConfig, "masks")] = None,
+    reconstruct: Annotated[str | None, flag(PruneConfig, "reconstruct")] = None,
     data: Data = None,
     samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
@@ -36,11 +37,11 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint in one shot. The pruned model is OUT/model."""
-    from compressllm.stages.recipe import make_recipe, method_spec
+    from compressllm.stages.recipe import make_recipe, method_spec, switch_or_mapping
 
     settings = given(method=method_spec(method), pattern=pattern, masks=masks, skip=skip, order=order)
     settings |= given(allocation=method_spec(allocation), patterns=_by_glob(patterns) or None)
-    settings |= given(dtype=dtype, device=device)
+    settings |= given(reconstruct=switch_or_mapping(reconstruct, "--reconstruct"), dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})
     run_and_print(recipe, out, resume, as_json)

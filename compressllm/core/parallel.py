@@ -12,16 +12,18 @@ import torch
 R = TypeVar("R")
 
 
-def map_batches(work: Callable[[int], R], batches: int, device: torch.device, *, rounds: bool = False) -> Iterator[R]:
+def map_batches(
+    work: Callable[[int], R], batches: int, device: torch.device, *, first_alone: bool = True, rounds: bool = False
+) -> Iterator[R]:
     """Yield ``work(0), work(1), …`` in order.
 
     On a CPU as many batches run at once as torch has threads, each with its operators on one thread. That keeps all
     cores busy where operators split over cores spend their time waiting for each other, and it makes every result
-    the same, bit for bit, whatever the number of threads. The first batch runs alone, so that ``work`` may learn
-    from it. Elsewhere batches run one after the other.
+    the same, bit for bit, whatever the number of threads. Elsewhere batches run one after the other.
 
     Args:
         work: Must not depend on the order of batches after the first. Runs in other threads.
+        first_alone: Let the first batch be over before others begin, so that ``work`` may learn from it.
         rounds: Nothing runs while a result is in the caller's hands, who may then use all cores.
     """
     if device.type != "cpu":
@@ -33,10 +35,11 @@ def map_batches(work: Callable[[int], R], batches: int, device: torch.device, *,
         try:
             for batch in range(batches):
                 waiting.append(pool.submit(work, batch))
-                if rounds and (batch == 0 or len(waiting) == workers):
+                alone = first_alone and batch == 0
+                if rounds and (alone or len(waiting) == workers):
                     wait(waiting)
                     yield from _drain(waiting)
-                elif batch == 0 or len(waiting) > workers:  # results wait in memory, so only a few may
+                elif alone or len(waiting) > workers:  # results wait in memory, so only a few may
                     yield waiting.popleft().result()
             yield from _drain(waiting)
         finally:

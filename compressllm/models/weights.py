@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Weights(Protocol):
 
     def load_(self, name: str) -> None:
         """Make the parameters of the module at path ``name`` real."""
+        ...
+
+    def load_original_(self, name: str) -> None:
+        """Make the parameters of the module at path ``name`` real, as they were before the walk."""
         ...
 
     def load_outside_(self, blocks: str) -> None:
@@ -56,6 +61,10 @@ class LiveWeights:
 
     def load_(self, name: str) -> None:
         """Nothing to do."""
+
+    def load_original_(self, name: str) -> None:
+        """Refused: what was changed in place is lost."""
+        raise TypeError(f"{name}: a model in memory does not keep what its blocks were before they were changed")
 
     def load_outside_(self, blocks: str) -> None:
         """Nothing to do."""
@@ -115,9 +124,11 @@ class StreamedWeights:
 
     def load_(self, name: str) -> None:
         """Read the module's tensors and put them on the device."""
-        read = self._written.read if name in self.finished else self._source.read
-        for key in self._inside(name):
-            self._hold_(key, read(self._stored_name[key]))
+        self._load_(name, self._written.read if name in self.finished else self._source.read)
+
+    def load_original_(self, name: str) -> None:
+        """Read the module's tensors from the source, finished or not, and put them on the device."""
+        self._load_(name, self._source.read)
 
     def load_outside_(self, blocks: str) -> None:
         """Read what lies outside the blocks, but for the output head, which no block needs."""
@@ -181,6 +192,10 @@ class StreamedWeights:
             return place_expert_(linear, stored, self._dtype, self._device)
         place_(self._model, key, stored, self._dtype, self._device)
         return None
+
+    def _load_(self, name: str, read: Callable[[str], Tensor]) -> None:
+        for key in self._inside(name):
+            self._hold_(key, read(self._stored_name[key]))
 
     def _inside(self, name: str) -> list[str]:
         return [key for key in self._stored_name if key.startswith(f"{name}.")]

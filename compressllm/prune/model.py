@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressllm.calibration.walker import WalkOptions, walk_blocks
+from compressllm.calibration.walker import Block, WalkOptions, walk_blocks
 from compressllm.calibration.windows import Windows, load_windows
 from compressllm.core.compute import choose_device, choose_dtype
-from compressllm.core.errors import FormatError
+from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import ALLOCATORS, PRUNERS, Pruned
 from compressllm.core.registry import build
@@ -20,14 +21,17 @@ from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
 from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle
+from compressllm.models.linears import PrunableLinear
 from compressllm.models.record import FolderRecord, FollowingRecord, LiveRecord, Record, Rows, computed_on
+from compressllm.models.weights import Weights
 from compressllm.prune.allocation import Plan, allocate
 from compressllm.prune.apportion import planned_sparsity
 from compressllm.prune.block import prune_block
-from compressllm.prune.config import PruneConfig
+from compressllm.prune.config import PruneConfig, ReconstructConfig
 from compressllm.prune.dense import dense_pass
 from compressllm.prune.given import open_given
 from compressllm.prune.plan import make_plan
+from compressllm.prune.reconstruct import mean_errors, reconstruct_, tapped
 
 
 def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | None = None) -> Bundle:
@@ -45,7 +49,9 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     asked = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
     linears = all_linears(bundle.model)
     shapes = {name: linears[name].shape for name in asked}
-    windows = _windows(bundle, config, run) if pruner.needs | allocator.needs else None
+    if config.reconstruct:
+        _check_reconstruct({name: linears[name] for name in asked}, run)
+    windows = _windows(bundle, config, run) if pruner.needs | allocator.needs or config.reconstruct else None
     ids = run.ranks.share(windows.ids) if windows else None
     device, dtype = _compute(bundle, config, run)
     options = WalkOptions(
@@ -72,9 +78,14 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     def solve(name: str, weight: Tensor, stats: InputStats) -> Pruned:
         return given.refine(name, weight, stats) if given else pruner.prune(weight, stats, plan.patterns[name])
 
-    blocks = walk_blocks(bundle.model, ids if pruner.needs else None, record.weights, options, start=record.done)
+    if config.reconstruct:
+        options = replace(options, target=config.reconstruct.target, tapped=tapped(config.reconstruct))
+    walked = ids if pruner.needs or config.reconstruct else None
+    blocks = walk_blocks(bundle.model, walked, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
         masks, rows = prune_block(block, plan.patterns, pruner.needs, solve, config.order, record.weights, run)
+        if config.reconstruct:
+            _reconstruct_block(block, masks, rows, record.weights, config.reconstruct, run)
         record.finish(block.name, masks, rows)
 
     pruned_bundle = run.ranks.first_then_rest(record.close)
@@ -93,7 +104,28 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         processes=run.ranks.size,
         resumed_at_block=record.done or None,
     )
+    if config.reconstruct:
+        run.metrics["reconstruct"] = mean_errors(record.rows)
     return pruned_bundle
+
+
+def _check_reconstruct(linears: Mapping[str, PrunableLinear], run: Run) -> None:
+    if run.ranks.size > 1:
+        raise RecipeError(f"reconstruct: works in one process, {run.ranks.size} were launched; start it without them")
+    if odd := next((name for name, linear in linears.items() if linear.form), None):
+        raise UnsupportedModelError(f"{odd}: {linears[odd].form}, and cannot be reconstructed; leave reconstruct out")
+
+
+def _reconstruct_block(
+    block: Block, masks: Mapping[str, Tensor], rows: Rows, weights: Weights, config: ReconstructConfig, run: Run
+) -> None:
+    """Train what stays of a pruned block, in place, and add to each linear's row what came of it."""
+    row_of = {row["linear"]: row for row in rows}
+    for refit in reconstruct_(block, masks, weights, config, run.seed):
+        if refit.fallback:
+            run.warn(f"{refit.unit}: {refit.fallback}")
+        for name in refit.linears:
+            row_of[name].update(refit.facts())
 
 
 def _compute(bundle: Bundle, config: PruneConfig, run: Run) -> tuple[torch.device, torch.dtype]:

@@ -111,6 +111,14 @@ def method_spec(text: str | None) -> Any:
     return parse_yaml(text, "--method")[0] if text and text.lstrip().startswith("{") else text
 
 
+def switch_or_mapping(text: str | None, flag: str) -> Any:
+    """What a flag says that takes true, false or a YAML mapping of settings, ``{epochs: 2}``.
+
+    Raises: RecipeError.
+    """
+    return parse_yaml(text, flag)[0] if text is not None else None
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file.
 

@@ -198,3 +198,21 @@ def test_lists_and_recipes(cli: Callable) -> None:
     assert "wanda" in cli("recipe", "show", "demo").out
     assert cli("recipe", "schema").json["title"] == "Recipe"
     assert cli("--version").out.strip() == compressllm.__version__
+
+
+@pytest.mark.parametrize("given", ["true", "{epochs: 1, learning_rate: 0.01}"])
+def test_prune_reconstructs_what_stays(cli: Callable, tiny: str, text: str, tmp_path: Path, given: str) -> None:
+    sizes = ("--samples", 2, "--seqlen", 32)
+    done = cli("prune", tiny, tmp_path / "run", "--data", text, *sizes, "--reconstruct", given, "--json")
+    assert done.code == 0
+    (stage,) = done.json["stages"]
+    assert stage["config"]["reconstruct"]["epochs"] == (5 if given == "true" else 1)
+    assert stage["metrics"]["reconstruct"]["after"] < stage["metrics"]["reconstruct"]["before"]
+
+
+@pytest.mark.parametrize("given", ["{epoch: 1}", "{epochs: 0}", "fast", "{unit: linear}"])
+def test_a_wrong_reconstruction_is_one_line(cli: Callable, tiny: str, tmp_path: Path, given: str) -> None:
+    done = cli("prune", tiny, tmp_path / "run", "--reconstruct", given)
+    assert done.code == 2
+    assert "reconstruct" in done.err
+    assert done.err.count("\n") <= 2

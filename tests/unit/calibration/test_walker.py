@@ -1,9 +1,10 @@
+import copy
 import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.calibration.experts import eager_experts
+from compressllm.calibration.inputs import hidden_states
 from compressllm.calibration.walker import WalkOptions, walk_blocks
 from compressllm.core.errors import CalibrationError, UnsupportedModelError
 from compressllm.core.stats import InputStats
@@ -427,3 +429,98 @@ def test_windows_that_do_not_fit_in_turn_are_refused(llama: PreTrainedModel, win
     options = WalkOptions(batch_tokens=48, memory_limit=1000, spill_folder=tmp_path)
     with pytest.raises(CalibrationError, match="order sequential holds about"):
         turn_through(llama, windows, options)
+
+
+# --- what a block should put out ---
+
+
+def what_goes_out(modules: dict[str, nn.Module], forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Every module's first output, all calls of ``forward`` put together."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen[name].append((output[0] if isinstance(output, tuple) else output).clone())
+
+        return note
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    with torch.inference_mode():
+        forward()
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(outputs) for name, outputs in seen.items()}
+
+
+def attention(block: nn.Module) -> str:
+    return next(name for name, child in block.named_children() if name in {"self_attn", "attention"})
+
+
+@pytest.mark.parametrize("target", ["dense", "block"])
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_targets_are_what_unchanged_blocks_put_out(
+    decoder: PreTrainedModel, windows: Tensor, tmp_path: Path, target: Literal["dense", "block"], limit: int
+) -> None:
+    dense = copy.deepcopy(decoder)
+    paths = [attention(module) for module in find_blocks(decoder).modules]
+
+    def run(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
+        block = find_blocks(model).modules[index]
+        modules = {"": block, paths[index]: block.get_submodule(paths[index])}
+        return what_goes_out(modules, lambda: [model(ids, use_cache=False) for ids in windows.split(3)])
+
+    options = WalkOptions(
+        batch_tokens=48,
+        target=target,
+        tapped=lambda block: [attention(block)],
+        memory_limit=limit,
+        spill_folder=tmp_path,
+    )
+    for block in walk_blocks(decoder, windows, LiveWeights(decoder), options):
+        expected = run(dense if target == "dense" else decoder, block.index)
+        assert block.windows == len(windows)
+        for path, outputs in expected.items():
+            for window in range(len(windows)):
+                hidden, call, wanted = block.example(window, path)
+                assert torch.equal(wanted[0], outputs[window])
+                assert not wanted.is_inference()
+                assert not hidden.is_inference()
+        if block.index == 0 or target == "block":
+            again = call.run(block.module, hidden)  # with one window alone: the last bits may differ
+            torch.testing.assert_close(hidden_states(again, hidden, block.name)[0], expected[""][-1])
+        for linear in block.linears.values():
+            linear.weight.data[:, ::2] = 0.0
+
+
+def test_a_walk_that_goes_on_has_the_dense_outputs_of_the_source(
+    tiny_llama_folder: Path, windows: Tensor, tmp_path: Path
+) -> None:
+    def walk(folder: Path, finished: set[str], start: int, stop: int) -> dict[str, Tensor]:
+        model, weights, _ = streamed(tiny_llama_folder, folder, torch.float32, finished)
+        seen: dict[str, Tensor] = {}
+        for block in walk_blocks(model, windows, weights, WalkOptions(batch_tokens=48, target="dense"), start):
+            if block.index == stop:
+                break
+            seen[block.name] = torch.cat([block.example(i)[2] for i in range(block.windows)])
+            for name in block.linears:
+                weights.replace_(f"{name}.weight", weights.read(f"{name}.weight").float() * 0.7)
+            weights.finish_(block.name)
+        return seen
+
+    expected = walk(tmp_path / "a", set(), start=0, stop=3)
+    first = walk(tmp_path / "b", set(), start=0, stop=2)
+    found = first | walk(tmp_path / "b", {"model.layers.0", "model.layers.1"}, start=2, stop=3)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], outputs) for name, outputs in expected.items())
+    dense = load_model(tiny_llama_folder, torch.float32)
+    modules = {name: dense.get_submodule(name) for name in expected}
+    plain = what_goes_out(modules, lambda: [dense(ids, use_cache=False) for ids in windows.split(3)])
+    assert all(torch.equal(plain[name], outputs) for name, outputs in expected.items())
+
+
+def test_targets_must_be_asked_for(llama: PreTrainedModel, windows: Tensor) -> None:
+    block = next(walk_blocks(llama, windows, LiveWeights(llama), RAGGED))
+    with pytest.raises(ValueError, match="was not asked for what the block should put out"):
+        block.example(0)
+    with pytest.raises(TypeError, match="does not keep what its blocks were"):
+        next(walk_blocks(llama, windows, LiveWeights(llama), WalkOptions(target="dense"), start=1))
