@@ -1,6 +1,6 @@
 """Hold perplexities against the committed baselines, with the command a user's CI would run.
 
-The tiny model's order (dense < wanda < magnitude < random) is held as well as its numbers. ``--write`` measures the
+The tiny model's order (dense < admm < sparsegpt < wanda < magnitude < random) is held as well as its numbers. ``--write`` measures the
 baselines anew; a line in CHANGELOG.md goes with every one that moves.
 """
 
@@ -57,7 +57,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         for family, model, seqlen, methods in (
-            ("tiny", TINY / "model", 256, ("wanda", "magnitude", "random")),
+            ("tiny", TINY / "model", 256, ("admm", "sparsegpt", "wanda", "magnitude", "random")),
             ("demo", "demo", 512, ("wanda",)),
         ):
             case(f"{family}-dense", model, seqlen)
@@ -73,7 +73,7 @@ def main() -> int:
                 else:
                     failed.append(name)
 
-    order = ["tiny-dense", "tiny-wanda-2of4", "tiny-magnitude-2of4", "tiny-random-2of4"]
+    order = ["tiny-dense", *(f"tiny-{method}-2of4" for method in ("admm", "sparsegpt", "wanda", "magnitude", "random"))]
     values = [found.get(name, float("nan")) for name in order]
     if not all(low < high for low, high in itertools.pairwise(values)):
         failed.append("order of the tiny model: " + " < ".join(order))
