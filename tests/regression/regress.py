@@ -1,7 +1,7 @@
 """Hold perplexities against the committed baselines, with the command a user's CI would run.
 
-The tiny model's order (dense < admm < sparsegpt < wanda < magnitude < random) is held as well as its numbers. ``--write`` measures the
-baselines anew; a line in CHANGELOG.md goes with every one that moves.
+The tiny model's order (dense < admm < sparsegpt < wanda < magnitude < random) is held as well as its numbers.
+``--write`` measures the baselines anew; a line in CHANGELOG.md goes with every one that moves.
 """
 
 from __future__ import annotations
