@@ -453,7 +453,7 @@ def what_goes_out(modules: dict[str, nn.Module], forward: Callable[[], object]) 
 
 
 def attention(block: nn.Module) -> str:
-    return next(name for name, child in block.named_children() if name in {"self_attn", "attention"})
+    return next(name for name, child in block.named_children() if name in {"self_attn", "attention", "attn"})
 
 
 @pytest.mark.parametrize("target", ["dense", "block"])
