@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressllm.calibration.walker import Block
+from compressllm.core.errors import CalibrationError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import Pruned
 from compressllm.core.run import Run
@@ -54,8 +55,7 @@ def prune_block(
         for name in list(own):
             seen = own.pop(name)
             weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
-            with torch.inference_mode():
-                pruned = solve(name, weight, seen)
+            pruned = _solved(name, weight, seen, solve)
             own_masks[name] = pruned.keep
             own_rows.append(_row(name, weight, pruned, seen, plan[name]))
             weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
@@ -73,6 +73,14 @@ def prune_block(
         if row.get("fallback") != row.get("pooled"):
             run.warn(f"{row['linear']}: {row['fallback']}")
     return masks, [rows[name] for name in planned]
+
+
+def _solved(name: str, weight: Tensor, stats: InputStats, solve: Callable[[str, Tensor, InputStats], Pruned]) -> Pruned:
+    try:
+        with torch.inference_mode():
+            return solve(name, weight, stats)
+    except CalibrationError as error:  # methods do not know whose weight they have
+        raise CalibrationError(f"{name}: {error}") from None
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         _check_reconstruct({name: linears[name] for name in asked}, run)
     windows = _windows(bundle, config, run) if pruner.needs | allocator.needs or config.reconstruct else None
     ids = run.ranks.share(windows.ids) if windows else None
+    if windows and "hessian" in pruner.needs:
+        _warn_of_few_tokens(windows.ids.numel(), max(columns for _, columns in shapes.values()), run)
     device, dtype = _compute(bundle, config, run)
     options = WalkOptions(
         device=device,
@@ -107,6 +109,14 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     if config.reconstruct:
         run.metrics["reconstruct"] = mean_errors(record.rows)
     return pruned_bundle
+
+
+def _warn_of_few_tokens(tokens: int, widest: int, run: Run) -> None:
+    if tokens < 2 * widest:  # with fewer than the inputs, the Hessian is singular but for its damping
+        run.warn(
+            f"{tokens} tokens of calibration text are few for linears of {widest} inputs, whose second moments a "
+            f"solver inverts; give it at least {2 * widest}"
+        )
 
 
 def _check_reconstruct(linears: Mapping[str, PrunableLinear], run: Run) -> None:

@@ -269,6 +269,30 @@ def test_activations_that_are_not_finite_name_the_linear(
     prune_folder(folder, settings(ids, "magnitude"), tmp_path / "other")  # which looks at none
 
 
+def test_few_tokens_for_a_hessian_are_warned_of(llama: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    np.save(tmp_path / "few.npy", windows[:5].numpy())
+    few, enough, unneeded = Run(), Run(), Run()
+    prune_model(Bundle(copy.deepcopy(llama)), settings(str(tmp_path / "few.npy"), "sparsegpt"), few)
+    assert few.warnings[0].startswith("80 tokens of calibration text are few for linears of 48 inputs")
+    prune_model(Bundle(copy.deepcopy(llama)), settings(str(tmp_path / "few.npy"), "wanda"), unneeded)
+    np.save(tmp_path / "enough.npy", windows.numpy())
+    prune_model(Bundle(llama), settings(str(tmp_path / "enough.npy"), "sparsegpt"), enough)
+    assert enough.warnings == unneeded.warnings == []
+
+
+def test_what_a_solver_cannot_do_names_the_linear(
+    llama: PreTrainedModel, ids: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressllm.prune.sparsegpt import SparseGPT
+
+    def fail(self: SparseGPT, *args: Any) -> None:
+        raise CalibrationError("has no factor")
+
+    monkeypatch.setattr(SparseGPT, "prune", fail)
+    with pytest.raises(CalibrationError, match=r"^model\.layers\.0\.self_attn\.q_proj: has no factor$"):
+        prune_model(Bundle(llama), settings(ids, "sparsegpt"))
+
+
 def test_token_ids_of_another_vocabulary_are_refused(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.full((2, 8), 64))
     with pytest.raises(CalibrationError, match="token id 64"):
