@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -73,6 +74,8 @@ def measure(row: str, pattern: str, ids: Path, options: argparse.Namespace, scra
         _, peak, _ = run_process(command)
         facts = json.loads(out.read_text())
         model = str(saved)
+        for path in options.folder.glob("tokenizer*"):  # their code saves none
+            shutil.copy(path, saved)
         result = {"prune_seconds": facts["prune_seconds"], "peak_bytes": peak, "sparsity": facts["sparsity"]}
     recipe = {"model": model, "seed": 0, "stages": [*([] if result else stages(row, pattern, ids)), evaluate]}
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compressllm.calibration.walker import WalkOptions, walk_blocks
+from compressllm.core.protocols import PRUNERS
 from compressllm.core.run import Run
 from compressllm.models.bundle import open_bundle
 from compressllm.models.weights import LiveWeights
@@ -28,7 +29,7 @@ def test_walk_on_cuda_collects_what_the_cpu_does(llama, windows) -> None:
             torch.testing.assert_close(stats.hessian.cpu(), expected[name].hessian, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random", "wanda"])
+@pytest.mark.parametrize("method", PRUNERS.names())
 def test_pruning_on_cuda_keeps_what_the_cpu_keeps(tiny_llama_folder, windows, tmp_path, method) -> None:
     import numpy as np
 
@@ -42,4 +43,6 @@ def test_pruning_on_cuda_keeps_what_the_cpu_keeps(tiny_llama_folder, windows, tm
         )
         kept[device] = prune_model(open_bundle(str(tiny_llama_folder)), config, Run(folder=folder)).masks
     for name, keep in kept["cpu"].items():
-        assert (keep != kept["cuda"][name]).float().mean() <= 0.002, name
+        # Solvers choose by weights they have changed, so a rounding that tips one choice tips some behind it.
+        most = 0.02 if method in {"sparsegpt", "admm"} else 0.002
+        assert (keep != kept["cuda"][name]).float().mean() <= most, name

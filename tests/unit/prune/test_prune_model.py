@@ -570,21 +570,37 @@ def wait_in_the_last_block(items, total, label):
             time.sleep(60)
 
 calibration = {"source": sys.argv[2]}
-config = PruneConfig(method="wanda", calibration=calibration, dtype="float32")
+config = PruneConfig(
+    method=sys.argv[4], calibration=calibration, dtype="float32", order=sys.argv[5], reconstruct=sys.argv[6] == "True"
+)
 prune_model(open_bundle(sys.argv[1]), config, Run(folder=Path(sys.argv[3]), show=wait_in_the_last_block))
 """
 
 
-def test_a_killed_process_resumes_to_the_same_bytes(folder: Path, ids: str, tmp_path: Path) -> None:
-    prune_folder(folder, settings(ids), tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("method", "order", "reconstruct"),
+    [
+        ("wanda", "parallel", False),
+        ("sparsegpt", "parallel", False),
+        ("sparsegpt", "sequential", False),
+        ("admm", "sequential", True),
+    ],
+)
+def test_a_killed_process_resumes_to_the_same_bytes(
+    folder: Path, ids: str, tmp_path: Path, method: str, order: str, reconstruct: bool
+) -> None:
+    config = settings(ids, method, order=order, reconstruct=reconstruct)
+    prune_folder(folder, config, tmp_path / "whole")
     (tmp_path / "out").mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), ids, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, str(folder), ids, str(tmp_path / "out"), method, order, str(reconstruct)],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out" / "model").exists()
-    _, run = prune_folder(folder, settings(ids), tmp_path / "out")
+    _, run = prune_folder(folder, config, tmp_path / "out")
     assert run.metrics["resumed_at_block"] == 2
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
