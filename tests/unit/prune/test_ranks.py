@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def test_statistics_are_those_of_one_process_and_the_same_on_every_rank(
         for here, first, there in zip(blocks, results[0], alone, strict=True):
             assert here.keys() == there.keys()
             for name, (_, tokens, stats) in here.items():
-                assert tokens == there[name][1] == windows.numel()
+                assert tokens == there[name][1]
+                assert ".experts." in name or tokens == windows.numel()
                 for stat, value in stats.items():
                     exact = there[name][2][stat]
                     torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
@@ -248,7 +250,7 @@ def test_a_rank_that_fails_anywhere_stops_all(
     errors = launch(work)
     assert isinstance(errors[failing], CalibrationError)
     assert isinstance(errors[1 - failing], RankError)
-    assert str(errors[1 - failing]) == f"rank {failing}: broken here"
+    assert re.fullmatch(rf"rank {failing}: (model\S+: )?broken here", str(errors[1 - failing]))
 
 
 def test_ranks_with_other_text_are_refused(
