@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,26 +27,38 @@ def map_batches(
         first_alone: Let the first batch be over before others begin, so that ``work`` may learn from it.
         rounds: Nothing runs while a result is in the caller's hands, who may then use all cores.
     """
-    if device.type != "cpu":
+    workers = torch.get_num_threads()
+    if device.type != "cpu" or workers == 1:  # one within the work of another too
         yield from map(work, range(batches))
         return
-    workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for batch in range(batches):
-                waiting.append(pool.submit(work, batch))
-                alone = first_alone and batch == 0
-                if rounds and (alone or len(waiting) == workers):
-                    wait(waiting)
-                    yield from _drain(waiting)
-                elif alone or len(waiting) > workers:  # results wait in memory, so only a few may
-                    yield waiting.popleft().result()
-            yield from _drain(waiting)
-        finally:
-            for future in waiting:
-                future.cancel()
-            torch.set_num_threads(workers)  # the workers' setting is the default of threads begun later
+    pool = _pool(workers)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for batch in range(batches):
+            waiting.append(pool.submit(work, batch))
+            alone = first_alone and batch == 0
+            if rounds and (alone or len(waiting) == workers):
+                wait(waiting)
+                yield from _drain(waiting)
+            elif alone or len(waiting) > workers:  # results wait in memory, so only a few may
+                yield waiting.popleft().result()
+        yield from _drain(waiting)
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)  # those that have begun
+        torch.set_num_threads(workers)  # the workers' setting is the default of threads begun later
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Kept from call to call: solvers share out work of a millisecond, and a new thread has cold buffers."""
+    return ThreadPoolExecutor(workers, "batch", initializer=_on_one_core)
+
+
+def _on_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # the first call in a thread makes the setting its own; later ones of others pass it by
 
 
 def _drain(waiting: deque[Future[R]]) -> Iterator[R]:
