@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from compressllm.core.parallel import map_batches
 from compressllm.core.pattern import NM, Group, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.stats import InputStats, Need
@@ -105,13 +107,21 @@ class ADMM:
 
     def _inverses(self, stats: InputStats, hessian: ScaledHessian) -> Iterator[tuple[float, Tensor]]:
         """Each penalty ρ and (in, in) ``(A + ρI)^-1``."""
-        shared = self.stages * hessian.matrix.numel() * hessian.matrix.element_size() <= SHARED_BYTES
-        for penalty in self.penalties():
+        penalties, matrix = self.penalties(), hessian.matrix
 
-            def make(penalty: float = penalty) -> Tensor:
-                return on_one_thread(lambda: _inverse(hessian.matrix, penalty), hessian.matrix.device)
+        def inverse(stage: int) -> Tensor:
+            return _inverse(matrix, penalties[stage])
 
-            yield penalty, stats.derive(("inverse", self.damping, penalty), make) if shared else make()
+        # LAPACK's last bits depend on its threads, so each inverse has one; where all fit, as many are made at once.
+        def every() -> list[Tensor]:
+            made = map_batches(inverse, len(penalties), matrix.device, first_alone=False)
+            return list(made)
+
+        if self.stages * matrix.numel() * matrix.element_size() <= SHARED_BYTES:
+            yield from zip(penalties, stats.derive(("inverses", self.damping, *penalties), every), strict=True)
+            return
+        for stage, penalty in enumerate(penalties):
+            yield penalty, on_one_thread(partial(inverse, stage), matrix.device)
 
 
 class Search:
@@ -202,6 +212,7 @@ def _largest_of_groups(values: Tensor, pattern: NM) -> Tensor:
     return groups.ge(least[..., None]).view(values.shape)
 
 
+@torch.no_grad()
 def _inverse(matrix: Tensor, penalty: float) -> Tensor:
     """``(A + ρI)^-1`` of an (in, in) positive semidefinite A."""
     shifted = matrix.clone()

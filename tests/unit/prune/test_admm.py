@@ -148,12 +148,12 @@ def test_linears_of_one_input_share_the_inverses(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(admm, "_inverse", lambda *given: made.append(given) or inverse(*given))
     first = ADMM().prune(weight, stats, NM(2, 4))
     count = len(made)
-    assert 1 < count <= 16
+    assert count == 16
     again = ADMM().prune(weight, stats, NM(2, 4))
     assert len(made) == count
     monkeypatch.setattr(admm, "SHARED_BYTES", 0)
     alone = ADMM().prune(weight, replace(stats), NM(2, 4))
-    assert len(made) == 2 * count
+    assert count < len(made) <= 2 * count  # no more than it needs, if not for others
     assert torch.equal(first.weight, again.weight)
     assert torch.equal(first.weight, alone.weight)
 
