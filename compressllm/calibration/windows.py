@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compressllm.calibration.config import CalibrationConfig
 from compressllm.calibration.cutting import calibration_windows, special_tokens, stream_windows
 from compressllm.calibration.source import describe_source, open_source
 from compressllm.calibration.tokenids import TokenIds
 from compressllm.core.errors import CalibrationError, RecipeError
 from compressllm.core.registry import Spec
+from compressllm.core.run import Run
+from compressllm.models.bundle import Bundle
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -126,6 +129,25 @@ def load_windows(
     texts = _hashed(source.texts("calibration"), digest)
     ids, protocol, note = calibration_windows(texts, tokenizer, samples or CALIBRATION_SAMPLES, length, seed, name)
     return Windows(ids, name, protocol, special_tokens(tokenizer), digest.hexdigest(), note=note)
+
+
+def windows_for(bundle: Bundle, calibration: CalibrationConfig, run: Run) -> Windows:
+    """The windows a stage calibrates ``bundle`` on; warns of what was not done as usual.
+
+    Raises: as `load_windows`.
+    """
+    windows = load_windows(
+        calibration.source,
+        bundle.tokenizer,
+        samples=calibration.samples,
+        seqlen=calibration.seqlen,
+        seed=run.seed,
+        max_seqlen=bundle.max_seqlen,
+        vocab_size=bundle.vocab_size,
+    )
+    if windows.note:
+        run.warn(windows.note)
+    return windows
 
 
 def evaluation_windows(

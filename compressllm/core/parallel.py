@@ -66,15 +66,23 @@ def _drain(waiting: deque[Future[R]]) -> Iterator[R]:
         yield waiting.popleft().result()
 
 
-def for_chunks(work: Callable[[slice], object], start: int, stop: int, size: int, device: torch.device) -> None:
+def for_chunks(
+    work: Callable[[slice], object],
+    start: int,
+    stop: int,
+    size: int,
+    device: torch.device,
+    *,
+    first_alone: bool = False,
+) -> None:
     """Run ``work`` on slices of ``start`` to ``stop``, each of ``size`` but the last, as `map_batches` runs batches.
 
     Chunks do not depend on the number of threads, so neither do the bits of what is computed from them: libraries of
     linear algebra promise that only as long as the number of threads stays the same.
 
     Args:
-        work: Changes no memory that another chunk touches; the first chunk is done before the others begin. Runs in
-            the caller's inference mode.
+        work: Changes no memory that another chunk touches. Runs in the caller's inference mode.
+        first_alone: Be done with the first chunk before the others begin.
     """
     inference = torch.is_inference_mode_enabled()  # which threads do not inherit
 
@@ -83,5 +91,5 @@ def for_chunks(work: Callable[[slice], object], start: int, stop: int, size: int
         with torch.inference_mode(inference):
             work(slice(at, min(at + size, stop)))
 
-    for _ in map_batches(run, -((start - stop) // size), device):
+    for _ in map_batches(run, -((start - stop) // size), device, first_alone=first_alone):
         pass

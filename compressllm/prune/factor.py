@@ -115,7 +115,7 @@ def _cholesky_(matrix: Tensor) -> bool:
             elif good:
                 tile.copy_(torch.linalg.solve_triangular(corner.mT, tile, upper=True, left=False))
 
-        for_chunks(work, at, size, _TILE, matrix.device)
+        for_chunks(work, at, size, _TILE, matrix.device, first_alone=True)
         if not good:
             return False
     return True
@@ -143,7 +143,7 @@ def _invert_lower_(matrix: Tensor) -> None:
             product = matrix[rows, end : rows.stop] @ below[: rows.stop - end]
             torch.mm(product.neg_(), corner, out=matrix[rows, at:end])
 
-        for_chunks(work, at, size, _TILE, matrix.device)
+        for_chunks(work, at, size, _TILE, matrix.device, first_alone=True)
 
 
 def _reverse_(matrix: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressllm.calibration.walker import Block, WalkOptions, walk_blocks
-from compressllm.calibration.windows import Windows, load_windows
+from compressllm.calibration.windows import windows_for
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
@@ -51,7 +51,8 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     shapes = {name: linears[name].shape for name in asked}
     if config.reconstruct:
         _check_reconstruct({name: linears[name] for name in asked}, run)
-    windows = _windows(bundle, config, run) if pruner.needs | allocator.needs or config.reconstruct else None
+    needs_text = bool(pruner.needs | allocator.needs or config.reconstruct)
+    windows = windows_for(bundle, config.calibration, run) if needs_text else None
     ids = run.ranks.share(windows.ids) if windows else None
     if windows and "hessian" in pruner.needs:
         _warn_of_few_tokens(windows.ids.numel(), max(columns for _, columns in shapes.values()), run)
@@ -144,22 +145,6 @@ def _compute(bundle: Bundle, config: PruneConfig, run: Run) -> tuple[torch.devic
         return bundle.model.device, bundle.stored_dtype
     device = run.ranks.own_device(choose_device(config.device))
     return device, choose_dtype(config.dtype, bundle.stored_dtype, device)
-
-
-def _windows(bundle: Bundle, config: PruneConfig, run: Run) -> Windows:
-    calibration = config.calibration
-    windows = load_windows(
-        calibration.source,
-        bundle.tokenizer,
-        samples=calibration.samples,
-        seqlen=calibration.seqlen,
-        seed=run.seed,
-        max_seqlen=bundle.max_seqlen,
-        vocab_size=bundle.vocab_size,
-    )
-    if windows.note:
-        run.warn(windows.note)
-    return windows
 
 
 def _open_record(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressllm.calibration.walker import WalkOptions, walk_blocks
-from compressllm.calibration.windows import Windows, load_windows
+from compressllm.calibration.windows import Windows, windows_for
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelError
 from compressllm.core.parallel import map_batches
@@ -49,7 +49,7 @@ def permute_model(bundle: Bundle, config: PermuteConfig | None = None, run: Run 
     found = choose_channels(bundle, config)
     for message in _left_alone(found):
         run.warn(message)
-    windows = _windows(bundle, config, run) if criterion.needs else None
+    windows = windows_for(bundle, config.calibration, run) if criterion.needs else None
     device, dtype = _compute(bundle, config)
     refolded: Refolded = (
         LiveRefolded(bundle, run)
@@ -191,21 +191,6 @@ def _compute(bundle: Bundle, config: PermuteConfig) -> tuple[torch.device, torch
         return bundle.model.device, bundle.stored_dtype
     device = choose_device(config.device)
     return device, choose_dtype(config.dtype, bundle.stored_dtype, device)
-
-
-def _windows(bundle: Bundle, config: PermuteConfig, run: Run) -> Windows:
-    windows = load_windows(
-        config.calibration.source,
-        bundle.tokenizer,
-        samples=config.calibration.samples,
-        seqlen=config.calibration.seqlen,
-        seed=run.seed,
-        max_seqlen=bundle.max_seqlen,
-        vocab_size=bundle.vocab_size,
-    )
-    if windows.note:
-        run.warn(windows.note)
-    return windows
 
 
 def _random_ids(bundle: Bundle, seed: int) -> Tensor:
