@@ -4,7 +4,8 @@ A row is cut into tiles of 512 columns, 128 groups of 4; the last tile is filled
 ``16 * q + w`` of a tile belongs to word ``w`` of lane ``q``, of 16 words and 8 lanes. ``bits`` is the width of a value:
 
 - ``meta``, one word for each w: bit ``bits * (q % lanes) + 4 * (q // lanes) + j`` says whether position j of lane q is
-  kept, where ``lanes = 32 // bits`` is how many values fit into a word. Exactly two positions of a group are.
+  kept, where ``lanes = 32 // bits`` is how many values fit into a word. Two positions of every group are, though
+  their values may be 0; none of those that fill up the last tile.
 - ``values``: for each of the ``8 // lanes`` planes 16 words of first values, then 16 of second ones. Lane
   ``q % lanes``, lowest bits first, of a word of plane ``q // lanes`` is the value of lane q.
 
@@ -64,7 +65,7 @@ def pack_values(weight: Tensor, keep: Tensor, bits: int) -> Tensor:
     """
     planes, out = bits // 4, weight.shape[0]
     kept = _codes(weight).masked_select(two_of_four(keep)).view(out, -1, 2)
-    groups = _tiled(kept, fill=1 << (bits - 1) if weight.dtype == torch.uint8 else 0)
+    groups = _tiled(kept)
     lanes = groups.view(out, -1, planes, 8 // planes, WORDS, 2).permute(0, 1, 2, 5, 4, 3)  # …, first or second, w, lane
     flat = lanes.reshape(out, -1)
     if bits == 4:
@@ -90,8 +91,8 @@ def _codes(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8 if weight.dtype.itemsize == 1 else torch.int16)
 
 
-def _tiled(groups: Tensor, fill: int = 0) -> Tensor:
-    """(out, groups, n) -> (out, tiles, 128 * n), filled up."""
+def _tiled(groups: Tensor) -> Tensor:
+    """(out, groups, n) -> (out, tiles, 128 * n), filled up with zeros: with groups of which nothing is kept."""
     out, count, size = groups.shape
-    padded = torch.nn.functional.pad(groups, (0, 0, 0, -count % GROUPS), value=fill)
+    padded = torch.nn.functional.pad(groups, (0, 0, 0, -count % GROUPS))
     return padded.view(out, -1, GROUPS * size)

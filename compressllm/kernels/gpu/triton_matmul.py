@@ -8,26 +8,25 @@ the other: each thread then decodes just what it multiplies.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources as OutOfResources
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float8_e4m3fn: tl.float8e4nv}
-
-
-class Config(NamedTuple):
-    """How the work is cut up; ``splits``, which divides the number of tiles, are added up afterwards, in order."""
-
-    block_rows: int
-    splits: int
-    warps: int
-    stages: int
+from compressllm.kernels.gpu.configs import Config
 
 
-def matmul(x: Tensor, values: Tensor, meta: Tensor, scales: Tensor | None, bias: Tensor | None, config: Config) -> Tensor:
+def matmul(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    config: Config,
+) -> Tensor:
     """``x W^T + bias``.
 
     On a CPU this is for triton's interpreter, which has no arithmetic for bfloat16 and truncates to it: everything is
@@ -35,28 +34,28 @@ def matmul(x: Tensor, values: Tensor, meta: Tensor, scales: Tensor | None, bias:
 
     Args:
         x: (tokens, in) bfloat16 or float16, contiguous.
-        values, meta: The weight, as `layout.py` has it.
-        scales: (groups, out) float32, of integers only; one group is a whole row.
+        values, meta: The weight, as `layout.py` has it, of ``bits`` a value; float8 if it has 8 and no scales.
+        scales: (groups, out) float32, or None.
+        bias: (out,) or None.
+        group: Columns that share a scale; 0 if one is the whole row's, -1 without scales.
 
     Returns: (tokens, out) in the dtype of ``x``.
     """
-    (tokens, columns), rows = x.shape, meta.shape[0]
-    tiles = meta.shape[1] // 16
-    bits = 8 * values.nbytes // (256 * tiles * rows)
-    group, groups = (-1, 0) if scales is None else (group_size(len(scales), columns), len(scales))
+    (tokens, columns), rows, tiles = x.shape, meta.shape[0], meta.shape[1] // 16
     interpreted = x.device.type == "cpu"
     out = torch.empty(tokens, rows, dtype=torch.float32 if interpreted else x.dtype, device=x.device)
     split = config.splits > 1
     parts = torch.empty(config.splits, tokens, rows, dtype=torch.float32, device=x.device) if split else out
-    block_tokens = min(64, max(16, triton.next_power_of_2(tokens)))
+    block_tokens = 16 if tokens <= 16 else 32
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(tokens, block_tokens), config.splits)
+    carrier = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     matmul_kernel[grid](
         x, values.view(torch.uint32), meta.view(torch.uint32), x if scales is None else scales,
-        x if bias is None else bias, parts, tokens, rows, columns, tiles, groups,
-        tiles_a_split=tiles // config.splits, bits=bits, float8=values.dtype == torch.float8_e4m3fn, carrier=_DTYPES[x.dtype],
-        compute=tl.float32 if interpreted else _DTYPES[x.dtype],
-        group=group, has_bias=bias is not None and not split, ragged=columns % 512 != 0,
-        block_rows=config.block_rows, block_tokens=block_tokens, num_warps=config.warps, num_stages=config.stages,
+        x if bias is None else bias, parts, tokens, rows, columns, tiles, len(scales) if scales is not None else 0,
+        tiles_a_split=tiles // config.splits, bits=bits, float8=bits == 8 and scales is None, carrier=carrier,
+        compute=tl.float32 if interpreted else carrier, group=group, has_bias=bias is not None and not split,
+        ragged=columns % 512 != 0, block_rows=config.block_rows, block_tokens=block_tokens,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if split:
         add_splits_kernel[(triton.cdiv(out.numel(), 1024),)](
@@ -66,18 +65,13 @@ def matmul(x: Tensor, values: Tensor, meta: Tensor, scales: Tensor | None, bias:
     return out.to(x.dtype)
 
 
-def group_size(groups: int, columns: int) -> int:
-    """Columns that share a scale, of 32, 64 and 128; 0 if one is the whole row's."""
-    return 0 if groups == 1 else next(size for size in (32, 64, 128) if -(-columns // size) == groups)
-
-
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def pick(mask: tl.tensor, yes: tl.tensor, no: tl.tensor) -> tl.tensor:
     """Bits of ``yes`` where the mask has ones, else of ``no``."""
     return (yes & mask) | (no & (mask ^ 0xFFFFFFFF))
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def expand(
     v0: tl.tensor, v1: tl.tensor, meta: tl.tensor, plane: tl.constexpr, bits: tl.constexpr, zero: tl.constexpr
 ) -> tl.tensor:
@@ -98,7 +92,7 @@ def expand(
     return e0, e1, e2, e3
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def numbers(
     both: tl.tensor,
     lane: tl.constexpr,
@@ -117,10 +111,8 @@ def numbers(
         both = ((both >> (4 * lane)) & 0x000F000F) | (0x43004300 if brain else 0x64006400)
     elif float8:  # sign to sign; exponent and mantissa to their places, which makes it too small by a power of 2
         both = both << (8 - 8 * lane)
-        if brain:
-            both = (both & 0x80008000) | ((both >> 4) & 0x07F007F0)
-        else:
-            both = (both & 0x80008000) | ((both >> 1) & 0x3F803F80)
+        magnitude = (both >> 4) & 0x07F007F0 if brain else (both >> 1) & 0x3F803F80
+        both = (both & 0x80008000) | magnitude
     if bits == 8 and not float8:  # into the mantissa of 2^23
         low = ((both & (0xFF << (8 * lane))) | 0x4B000000).to(tl.float32, bitcast=True)
         high = (((both >> 16) & (0xFF << (8 * lane))) | 0x4B000000).to(tl.float32, bitcast=True)
@@ -142,7 +134,7 @@ def numbers(
     return pairs
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[misc]
+@triton.jit(do_not_specialize=["tokens"])
 def matmul_kernel(
     x_ptr: tl.tensor,  # (tokens, columns)
     values_ptr: tl.tensor,  # (rows, tiles, planes, 2, 16) uint32
@@ -179,7 +171,7 @@ def matmul_kernel(
     k = tl.arange(0, 32)
     spread = 4 * (k // 2) + k % 2  # the columns of one product: two neighbours of every group
     x_row = x_ptr + token[None, :].to(tl.int64) * columns + spread[:, None]
-    total = tl.zeros((block_rows, block_tokens), dtype=tl.float32)
+    total = tl.full((block_rows, block_tokens), 0.0, tl.float32)
     for index in range(tiles_a_split):
         tile = split * tiles_a_split + index
         meta = tl.load(meta_ptr + (at[:, None] * tiles + tile) * 16 + word[None, :])
@@ -226,7 +218,7 @@ def matmul_kernel(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=here & (row[:, None] < rows))
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def add_splits_kernel(
     parts_ptr: tl.tensor,  # (splits, tokens * rows) float32
     bias_ptr: tl.tensor,  # (rows,)
@@ -240,7 +232,7 @@ def add_splits_kernel(
     """Add up what the splits found, in order."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    total = tl.zeros((block,), dtype=tl.float32)
+    total = tl.full((block,), 0.0, tl.float32)
     for split in range(splits):
         total += tl.load(parts_ptr + split * size + at, mask=inside, other=0.0)
     if has_bias:
