@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from compressllm.core.config import Device, Dtype
 from compressllm.core.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from compressllm.core.config import Device, Dtype
 
 
 def choose_device(wanted: Device) -> torch.device:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from compressllm.core.errors import BackendUnavailableError
 from compressllm.core.masks import raw
@@ -102,7 +101,7 @@ class CuSparseLt:
         scale = (rows.abs().amax(-1, keepdim=True).float() / _LARGEST[dtype]).clamp(min=2.0**-100)
         small = (rows / scale).clamp(-_LARGEST[dtype], _LARGEST[dtype])
         small = (small.round() if dtype == torch.int8 else small).to(dtype)
-        result = torch.ops.compressllm.cusparselt_2to4(small, compressed, None) * scale
+        result: Tensor = torch.ops.compressllm.cusparselt_2to4(small, compressed, None) * scale
         if "scales" in packed:
             result = result * packed["scales"].view(torch.float32)
         return (result if bias is None else result + bias).to(x.dtype).view(shape)
@@ -120,12 +119,17 @@ def _stored(weight: Tensor | QuantizedWeight) -> torch.dtype:
     return torch.int8 if isinstance(weight, QuantizedWeight) else weight.dtype
 
 
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _unavailable(device: torch.device, dtype: torch.dtype, wanted: bool) -> str | None:
     if device.type != "cuda":
         return f"runs on CUDA devices; the weight is on {device.type}"
     if torch.version.hip or not torch.backends.cusparselt.is_available():
         return "this build of torch has no cuSPARSELt; install torch for CUDA"
-    if TorchVersion(torch.__version__) < (2, 11):
+    if _torch_version() < (2, 11):
         return f"needs torch 2.11 or newer, which this is not: {torch.__version__}"
     capability = torch.cuda.get_device_capability(device)
     least = (8, 9) if dtype == torch.float8_e4m3fn else (8, 0)
@@ -134,7 +138,7 @@ def _unavailable(device: torch.device, dtype: torch.dtype, wanted: bool) -> str 
     if capability >= (10, 0) and not wanted:
         return f"torch's operators for it are not tested on compute capability {capability[0]}.{capability[1]}"
     other = _first_device and _first_device[0] != device
-    if other and TorchVersion(torch.__version__) < (2, 15):
+    if other and _torch_version() < (2, 15):
         return (
             f"torch {torch.__version__} ties cuSPARSELt to the first GPU it runs on, here {_first_device[0]}, and this "
             f"weight is on {device}; use one process a GPU, or torch 2.15"
@@ -178,7 +182,8 @@ def _search(arguments: tuple[Any, ...]) -> tuple[int, int, int]:
     """Algorithm, splits and mode that the library finds fastest for these very operands."""
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
-        return int(torch._cslt_sparse_mm_search(*arguments, transpose_result=True)), 1, -1
+        compressed, dense, bias, alpha, result = arguments
+        return int(torch._cslt_sparse_mm_search(compressed, dense, bias, alpha, result, transpose_result=True)), 1, -1
     algorithm, splits, mode, _ = search(*arguments, True)
     return algorithm, splits, mode
 
