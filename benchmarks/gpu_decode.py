@@ -20,15 +20,24 @@ from typing import Any
 
 import torch
 from gpu_kernels import GROUP, PATTERN, timed
-from memory import SHAPES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
+from compressllm.core.errors import BackendUnavailableError
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
-from compressllm.kernels.linear import SparseLinear
+from compressllm.kernels.linear import SparseLinear, choose_backend
 from compressllm.stages.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "gpu_decode.json"
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
 BATCHES, PROMPT, ROUNDS = (1, 4, 16), 2048, 20
 CONTEXT = 256  # tokens in the cache while decoding
 Pack = Callable[[Tensor, Tensor], "Tensor | QuantizedWeight"]
@@ -43,7 +52,7 @@ VARIANTS: dict[str, tuple[str, Pack]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -51,18 +60,21 @@ def main() -> int:
         print("error: bench-gpu: needs a CUDA device; this machine or this build of torch has none", file=sys.stderr)
         return 2
     torch._dynamo.config.recompile_limit = 1024
-    rows = [measure("dense bf16", random_model(options.shape))]
+    rows = [measure("dense bf16", random_model(LLAMA_8B | {"num_hidden_layers": options.layers}))]
     for name in options.variants.split(","):
-        backend, pack = VARIANTS[name]
-        model = random_model(options.shape)
-        swap_(model, backend, pack)
-        rows.append(measure(name, model, rows[0]))
+        model = random_model(LLAMA_8B | {"num_hidden_layers": options.layers})
+        try:
+            swap_(model, *VARIANTS[name])
+        except BackendUnavailableError as error:
+            rows.append({"variant": name, "refused": str(error)})
+        else:
+            rows.append(measure(name, model, rows[0]))
         del model
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/gpu_decode.py " + " ".join(sys.argv[1:]),
         "environment": environment(),
-        "model": f"{options.shape}, random weights, 2:4 in all linears of the blocks",
+        "model": f"Llama-3-8B's shape with {options.layers} blocks, random weights, 2:4 in all linears of the blocks",
         "context": CONTEXT,
         "prompt": PROMPT,
         "rows": rows,
@@ -73,10 +85,10 @@ def main() -> int:
     return 0
 
 
-def random_model(shape: str, device: str = "cuda") -> Any:
+def random_model(shape: dict[str, Any], device: str = "cuda") -> Any:
     """In bfloat16, made on the device; its blocks' linears 2:4."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape])
+    config = LlamaConfig(**shape)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     for linear in linears(model).values():
@@ -90,12 +102,13 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def swap_(model: nn.Module, backend: str, pack: Pack) -> None:
-    """Replace the blocks' linears. Changes ``model`` in place."""
+    """Replace the blocks' linears. Changes ``model`` in place. Raises BackendUnavailableError."""
     for name, linear in linears(model).items():
         keep = linear.weight != 0
         owner, _, leaf = name.rpartition(".")
-        sparse = SparseLinear(pack(linear.weight.data, keep), keep, linear.bias, PATTERN, backend)
-        setattr(model.get_submodule(owner), leaf, sparse)
+        weight = pack(linear.weight.data, keep)
+        choose_backend(weight, PATTERN, backend)
+        setattr(model.get_submodule(owner), leaf, SparseLinear(weight, keep, linear.bias, PATTERN, backend))
 
 
 @torch.inference_mode()

@@ -262,7 +262,8 @@ def show(rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
             print(f"{head} {row['refused']}", flush=True)
         else:
             print(
-                f"{head} {row['seconds'] * 1e6:9.1f} us  x{row['speedup']:.2f}  best dense x{row['speedup_best_dense']:.2f}"
+                f"{head} {row['seconds'] * 1e6:9.1f} us  x{row['speedup']:.2f}"
+                f"  best dense x{row['speedup_best_dense']:.2f}"
                 f"  bandwidth {row['bandwidth_share']:4.0%}  error {row['relative_error']:.4f}",
                 flush=True,
             )
