@@ -46,7 +46,7 @@ def matmul(
     out = torch.empty(tokens, rows, dtype=torch.float32 if interpreted else x.dtype, device=x.device)
     split = config.splits > 1
     parts = torch.empty(config.splits, tokens, rows, dtype=torch.float32, device=x.device) if split else out
-    block_tokens = 16 if tokens <= 16 else 32
+    block_tokens = 16 if tokens <= 16 or group == 32 else 32  # two scales a product take many registers
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(tokens, block_tokens), config.splits)
     carrier = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     matmul_kernel[grid](
@@ -114,11 +114,10 @@ def numbers(
         magnitude = (both >> 4) & 0x07F007F0 if brain else (both >> 1) & 0x3F803F80
         both = (both & 0x80008000) | magnitude
     if bits == 8 and not float8:  # into the mantissa of 2^23
-        low = ((both & (0xFF << (8 * lane))) | 0x4B000000).to(tl.float32, bitcast=True)
-        high = (((both >> 16) & (0xFF << (8 * lane))) | 0x4B000000).to(tl.float32, bitcast=True)
-        less: tl.constexpr = (1 << (23 - 8 * lane)) + 128
-        low = (low * (1.0 / (1 << (8 * lane))) - less).to(compute)
-        high = (high * (1.0 / (1 << (8 * lane))) - less).to(compute)
+        low = (((both >> (8 * lane)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
+        high = (((both >> (8 * lane + 16)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
+        low = (low - 8388736.0).to(compute)  # 2^23 and the offset
+        high = (high - 8388736.0).to(compute)
         return tl.reshape(tl.join(low, high), (both.shape[0], 2 * both.shape[1]))
     if brain and compute == tl.float32:  # triton's interpreter, which widens no subnormal bfloat16
         low = (both << 16).to(tl.float32, bitcast=True)
