@@ -1,7 +1,8 @@
 """Tokens a second of an 8B-shaped model on a GPU, dense and with every linear of its blocks at 2:4.
 
-Weights are random, so this says nothing about quality. Decoding is transformers' own forward on a static cache, one
-CUDA graph a step; a prompt runs compiled. Dense and sparse are measured in one process, the model swapped in place.
+Weights are random, so this says nothing about quality. Decoding is transformers' own forward on a static cache,
+compiled into a CUDA graph a step; a prompt runs eagerly. All variants are measured in one process, one after the
+other. Compiling takes about a minute for each variant and batch size; fewer ``--layers`` give a quick look.
 
     python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import GROUP, PATTERN, timed
+from gpu_kernels import GROUP, PATTERN, timed, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
@@ -38,7 +39,7 @@ LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
 }
-BATCHES, PROMPT, ROUNDS = (1, 4, 16), 2048, 20
+PROMPT, ROUNDS = 2048, 20
 CONTEXT = 256  # tokens in the cache while decoding
 Pack = Callable[[Tensor, Tensor], "Tensor | QuantizedWeight"]
 VARIANTS: dict[str, tuple[str, Pack]] = {
@@ -53,6 +54,7 @@ VARIANTS: dict[str, tuple[str, Pack]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
+    parser.add_argument("--batches", default="1,16")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -60,28 +62,26 @@ def main() -> int:
         print("error: bench-gpu: needs a CUDA device; this machine or this build of torch has none", file=sys.stderr)
         return 2
     torch._dynamo.config.recompile_limit = 1024
-    rows = [measure("dense bf16", random_model(LLAMA_8B | {"num_hidden_layers": options.layers}))]
-    for name in options.variants.split(","):
-        model = random_model(LLAMA_8B | {"num_hidden_layers": options.layers})
-        try:
-            swap_(model, *VARIANTS[name])
-        except BackendUnavailableError as error:
-            rows.append({"variant": name, "refused": str(error)})
-        else:
-            rows.append(measure(name, model, rows[0]))
-        del model
-    result = {
+    shape, batches = LLAMA_8B | {"num_hidden_layers": options.layers}, [int(n) for n in options.batches.split(",")]
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/gpu_decode.py " + " ".join(sys.argv[1:]),
         "environment": environment(),
         "model": f"Llama-3-8B's shape with {options.layers} blocks, random weights, 2:4 in all linears of the blocks",
         "context": CONTEXT,
         "prompt": PROMPT,
-        "rows": rows,
+        "rows": [measure("dense bf16", random_model(shape), batches)],
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(options.out)
+    for name in options.variants.split(","):
+        model = random_model(shape)
+        try:
+            swap_(model, *VARIANTS[name])
+        except BackendUnavailableError as error:
+            result["rows"].append({"variant": name, "refused": str(error)})
+        else:
+            result["rows"].append(measure(name, model, batches, result["rows"][0]))
+        del model
+        write(options.out, result)
     return 0
 
 
@@ -112,16 +112,17 @@ def swap_(model: nn.Module, backend: str, pack: Pack) -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, model: Any, dense: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(name: str, model: Any, batches: list[int], dense: dict[str, Any] | None = None) -> dict[str, Any]:
     """Median tokens a second, decoding at each batch size and reading a prompt; memory of the weights."""
     begun = time.perf_counter()
     row: dict[str, Any] = {"variant": name, "weight_bytes": weight_bytes(model), "decode": {}}
-    for batch in BATCHES:
+    for batch in batches:
+        torch.compiler.reset()  # graphs of other variants would hold their weights
         step = decoding_step(model, batch)
         row["decode"][batch] = batch / statistics.median(timed(step, repeats=5) for _ in range(ROUNDS))
     row["prefill"] = prefill(model)
     if dense:
-        row["decode_speedup"] = {batch: row["decode"][batch] / dense["decode"][batch] for batch in BATCHES}
+        row["decode_speedup"] = {batch: row["decode"][batch] / dense["decode"][batch] for batch in batches}
         row["prefill_speedup"] = row["prefill"] / dense["prefill"]
     print(json.dumps(row), f"({time.perf_counter() - begun:.0f} s)", flush=True)
     return row
@@ -156,10 +157,12 @@ def decoding_step(model: Any, batch: int) -> Callable[[], object]:
 def prefill(model: Any) -> float:
     """Tokens a second of one prompt, without a cache."""
     ids = torch.zeros(1, PROMPT, dtype=torch.long, device=model.device)
-    forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+    def run() -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
     for _ in range(3):
-        forward(ids, use_cache=False, logits_to_keep=1)
-    run = lambda: forward(ids, use_cache=False, logits_to_keep=1)  # noqa: E731
+        run()
     return PROMPT / statistics.median(timed(run, repeats=2) for _ in range(ROUNDS // 2))
 
 

@@ -17,7 +17,7 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,16 +61,8 @@ def main() -> int:
         return 2
     torch._dynamo.config.recompile_limit = 1024  # one for each contender, shape and number of tokens
     device = torch.device("cuda", torch.cuda.current_device())
-    bandwidth, rows = copy_bandwidth(device), []
-    for shape in (tuple(int(n) for n in text.split("x")) for text in options.shapes.split(",")):
-        for form in options.formats.split(","):
-            made, refused = contenders(shape, form, device)
-            for tokens in map(int, options.tokens.split(",")):
-                torch.compiler.reset()
-                found = compare(made, refused, shape, form, tokens, options.rounds, bandwidth)
-                rows += found
-                show(found)
-    result = {
+    bandwidth = copy_bandwidth(device)
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/gpu_kernels.py " + " ".join(sys.argv[1:]),
         "environment": environment(),
@@ -78,12 +70,24 @@ def main() -> int:
         "notes": notes(device),
         "copy_bytes_per_second": bandwidth,
         "rounds": options.rounds,
-        "rows": rows,
+        "rows": [],
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{options.out}")
+    for shape in (tuple(int(n) for n in text.split("x")) for text in options.shapes.split(",")):
+        for form in options.formats.split(","):
+            made, refused = contenders(shape, form, device)
+            for tokens in map(int, options.tokens.split(",")):
+                torch.compiler.reset()
+                found = compare(made, refused, shape, form, tokens, options.rounds, bandwidth)
+                result["rows"] += found
+                show(found)
+            write(options.out, result)
     return 0
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Keep what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def contenders(shape: tuple[int, int], form: str, device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -101,7 +105,10 @@ def contenders(shape: tuple[int, int], form: str, device: torch.device) -> tuple
         candidates = {"cusparselt": codes, "triton": codes}
     elif form == "int4":
         codes = quantize_absmax(weight, keep, 4, GROUP)
-        made["dense int4"] = dense(int4_packed(codes), packed_int4)
+        try:
+            made["dense int4"] = dense(int4_packed(codes), packed_int4)
+        except RuntimeError as error:
+            refused["dense int4"] = first_line(error)
         candidates = {"triton": codes}
     else:
         candidates = {"cusparselt": weight, "triton": weight}
@@ -129,7 +136,8 @@ def sparse(backend: Backend, weight: Tensor | QuantizedWeight, keep: Tensor) -> 
     packed = backend.pack(weight, keep)
     size = sum(tensor.nbytes for tensor in packed.values())
     parts = [{name: tensor.clone() for name, tensor in packed.items()} for _ in range(copies(size, keep.device))]
-    call = compiled(backend.linear)
+    eight = isinstance(weight, QuantizedWeight) or weight.dtype.itemsize == 1
+    call = compiled(backend.linear) if eight and isinstance(backend, CuSparseLt) else backend.linear
     return Contender([functools.partial(call, packed=each, bias=None) for each in parts], size, dense=False)
 
 
@@ -187,7 +195,7 @@ def compare(
             errors[name] = float((contender.calls[0](x).float() - expected).norm() / expected.norm())
             graphs[name] = captured(contender, x)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            unable[name] = str(error).strip().splitlines()[0][:200]
+            unable[name] = first_line(error)
     times = {name: statistics.quantiles(found, n=4) for name, found in in_turns(graphs, made, rounds).items()}
     median = {name: quartiles[1] for name, quartiles in times.items()}
     best = min(seconds for name, seconds in median.items() if made[name].dense)
@@ -207,6 +215,10 @@ def compare(
         for name, quartiles in times.items()
     ]
     return rows + [about | {"backend": name, "refused": reason} for name, reason in unable.items()]
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
 
 
 def captured(contender: Contender, x: Tensor) -> torch.cuda.CUDAGraph:
@@ -255,7 +267,8 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), repeats=5) for _ in range(5))
 
 
-def show(rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
     for row in rows:
         head = f"{row['shape']:>11} {row['format']:>5} {row['tokens']:>5}  {row['backend']:<16}"
         if "refused" in row:
