@@ -48,7 +48,7 @@ class Triton:
                 f"computes weights of at most 2 in every 4 inputs; this one is {pattern} with {weight.shape[1]} inputs"
             )
         if weight.dtype not in (*_SIXTEEN, torch.float8_e4m3fn):
-            return f"computes bfloat16, float16, float8_e4m3fn and quantised weights, not {weight.dtype}"
+            return f"computes 16-bit and float8_e4m3fn weights, and quantised ones in 16 bit, not {weight.dtype}"
         return unavailable(weight.device) or (None if wanted else _unproven(weight.device))
 
     def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:

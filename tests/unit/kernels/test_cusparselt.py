@@ -178,6 +178,16 @@ def test_compiles_whole_and_survives_a_cast(library):
             torch.testing.assert_close(linear(x.half()), expected.half(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_is_a_sound_operator(library, dtype):
+    weight, keep = sparse((32, 64), torch.bfloat16)
+    bias = torch.randn(32).to(dtype) if dtype == torch.bfloat16 else None
+    compressed = CuSparseLt().pack(weight if bias is not None else quantize_absmax(weight, keep, 8, 64), keep)
+    arguments = ((3 * torch.randn(5, 64)).to(dtype), compressed["compressed"], bias)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.compressllm.cusparselt_2to4.default, arguments, test_utils=checks)
+
+
 def gpu(monkeypatch, capability=(9, 0), torch_version="2.11.0+cu130"):
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -126,6 +126,16 @@ def test_compiles_whole_and_survives_a_cast(interpreter):
             linear(x.float())
 
 
+def test_is_a_sound_operator(interpreter):
+    weight, keep = sparse((32, 512), torch.bfloat16)
+    for packable in (weight, quantize_absmax(weight, keep, 4, 64)):
+        packed, x = Triton().pack(packable, keep), torch.randn(2, 512, dtype=torch.bfloat16)
+        scales = packed["scales"].view(torch.float32) if "scales" in packed else None
+        arguments = (x, packed["values"], packed["meta"], scales, torch.randn(32))
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(torch.ops.compressllm.triton_2to4.default, arguments, test_utils=checks)
+
+
 def test_refusals(monkeypatch):
     weight = torch.zeros(16, 64, dtype=torch.bfloat16)
     triton = Triton()
