@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressllm.core.cache import cache_folder, replace_text
+from compressllm.core.cache import cache_folder
+from compressllm.core.run import write_json
 
 #: ``0``: nothing is searched; ``1``: whatever can be is; else only what has no good default.
 SEARCH = "COMPRESSLLM_SEARCH"
@@ -56,7 +57,8 @@ class Choices:
         found = tuple(int(number) for number in search())
         self._known = {**self._read(), **self._known, case: found}
         try:
-            replace_text(self.path, json.dumps({"facts": self._facts, "choices": self._known}, indent=1))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"facts": self._facts, "choices": self._known})
         except OSError as error:
             warnings.warn(f"{self.path}: cannot be written ({error}); {case} is searched again next time", stacklevel=2)
         return found
