@@ -5,7 +5,7 @@ OUT    ?= demo-out
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu check format regress bench clean
+.PHONY: demo test test-gpu check format regress bench bench-gpu clean
 
 demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure
 	$(BIN)/compressllm run demo $(OUT)
@@ -15,8 +15,15 @@ demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load
 test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
 	$(BIN)/python -m pytest
 
-test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+# A machine with a GPU has a torch of its own, which is taken as it is if there is no environment here.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+test-gpu: ## the tests that need a CUDA device, with GPU_PYTHON
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu: ## 2:4 kernels on a GPU against dense ones, and a model of 8B shape, with GPU_PYTHON
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_kernels.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_decode.py
 
 check: $(VENV)/dev.stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .

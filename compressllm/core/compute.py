@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 
-from compressllm.core.config import Device, Dtype
 from compressllm.core.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from compressllm.core.config import Device, Dtype
 
 
 def choose_device(wanted: Device) -> torch.device:
@@ -25,6 +32,15 @@ def choose_dtype(wanted: Dtype, stored: torch.dtype, device: torch.device) -> to
     if device.type == "cpu" and (stored == torch.float16 or (stored == torch.bfloat16 and not _cpu_has_bf16())):
         return torch.float32
     return stored
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _cpu_has_bf16() -> bool:

@@ -9,8 +9,6 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from compressllm.core.errors import RecipeError
 
 T = TypeVar("T")
@@ -132,10 +130,7 @@ def build(registry: Registry[T], spec: Spec, defaults: Mapping[str, Any] | None 
         if isinstance(hint, type) and hint in REGISTRY_OF:
             made[key] = build(REGISTRY_OF[hint], value, defaults)
             continue
-        try:
-            made[key] = TypeAdapter(hint).validate_python(value)
-        except ValidationError as error:
-            raise RecipeError(f"{where}: option {key}={value!r}: {error.errors()[0]['msg']}") from None
+        made[key] = _checked(value, hint, f"{where}: option {key}={value!r}")
     try:
         return cls(**made)  # type: ignore[no-any-return]
     except TypeError:
@@ -149,3 +144,12 @@ def build(registry: Registry[T], spec: Spec, defaults: Mapping[str, Any] | None 
         raise RecipeError(f"{registry.kind} {name}: option {', '.join(missing)} is needed") from None
     except ValueError as error:
         raise RecipeError(f"{registry.kind} {name}: {error}") from None
+
+
+def _checked(value: Any, hint: Any, option: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError  # not above: kernels are to run where it is not installed
+
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(f"{option}: {error.errors()[0]['msg']}") from None

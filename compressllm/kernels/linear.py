@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compressllm.core.errors import BackendUnavailableError, PatternError, UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
+from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
 
 AUTO = "auto"
@@ -30,7 +31,7 @@ class Choice:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_backend(weight: Tensor, pattern: SparsityPattern, wanted: str = AUTO) -> Choice:
+def choose_backend(weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: str = AUTO) -> Choice:
     """The backend for an (out, in) weight, on the device it is on.
 
     Args:
@@ -66,7 +67,7 @@ class SparseLinear(nn.Module):
     load weights before swapping. ``to(device)`` and ``to(dtype)`` work on the packed form.
 
     Args:
-        weight: (out, in), zero wherever ``keep`` is False.
+        weight: (out, in), zero wherever ``keep`` is False; plain or quantised.
         keep: (out, in) bool, True = kept.
         bias: (out,) or None.
         pattern: What the mask obeys.
@@ -78,20 +79,27 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: Tensor, keep: Tensor, bias: nn.Parameter | None, pattern: SparsityPattern, backend: str
+        self,
+        weight: Tensor | QuantizedWeight,
+        keep: Tensor,
+        bias: nn.Parameter | None,
+        pattern: SparsityPattern,
+        backend: str,
     ) -> None:
         super().__init__()
         if weight.shape != keep.shape:
             raise PatternError(f"mask has shape {tuple(keep.shape)}, its weight {tuple(weight.shape)}")
         keep = keep.to(weight.device)
-        if lost := int(((weight.detach() != 0) & ~keep).count_nonzero()):
+        weight = weight if isinstance(weight, QuantizedWeight) else weight.detach()
+        values = weight.codes if isinstance(weight, QuantizedWeight) else weight
+        if lost := int(((values != 0) & ~keep).count_nonzero()):
             raise PatternError(f"{lost} weights are not zero where the mask prunes; apply the mask first")
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
         self.backend = backend
         self._backend: Backend = build(BACKENDS, backend)
         self._parts: list[str] = []
-        for part, tensor in self._backend.pack(weight.detach(), keep).items():
+        for part, tensor in self._backend.pack(weight, keep).items():
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
         self.register_parameter("bias", bias)

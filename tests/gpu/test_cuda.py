@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="needs the package pydantic")
+
 from compressllm.calibration.walker import WalkOptions, walk_blocks
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.run import Run

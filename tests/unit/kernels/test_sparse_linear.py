@@ -33,7 +33,7 @@ def keep(linear) -> torch.Tensor:
 def test_auto_is_dense_today_and_says_why_reference_is_not(linear):
     choice = choose_backend(linear.weight, PATTERN)
     assert choice.name == "dense"
-    assert choice.refused == {"reference": "decodes the whole weight at every call, which is slower than dense"}
+    assert choice.refused["reference"] == "decodes the whole weight at every call, which is slower than dense"
 
 
 def test_a_backend_asked_for_by_name(linear):
@@ -47,7 +47,7 @@ def test_a_refusal_gives_the_reason_and_a_way_out():
     with pytest.raises(BackendUnavailableError, match=r"backend dense: .*torch.int8.*backends that can: reference"):
         choose_backend(weight, PATTERN, "dense")
     with pytest.raises(
-        BackendUnavailableError, match=r"no backend wants a torch.int8 weight on cpu: dense: .*reference"
+        BackendUnavailableError, match=r"no backend wants a torch.int8 weight on cpu: .*dense: .*reference"
     ):
         choose_backend(weight, PATTERN)
 

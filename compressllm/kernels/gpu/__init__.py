@@ -1,0 +1,1 @@
+"""What runs on CUDA devices only: imported where used, since not every machine has triton."""
