@@ -21,7 +21,7 @@ enum {
  * `chains` registers, as many as hide the latency of fma. */
 INLINE void sum_blocks(float *sums, int64_t stride, const float *x, const uint32_t *block, int64_t count,
                        const int tokens, const int vectors, const int chains) {
-    vec sum[TILE_TOKENS][BLOCK_ROWS / LANES][4];
+    vec sum[8][BLOCK_ROWS / LANES][4];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++)
             UNROLL for (int c = 0; c < chains; c++) sum[t][v][c] = zero();

@@ -93,8 +93,8 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
     const struct format *format = job->format;
     int64_t all = job->column_blocks;
     const char *weights = job->blocks + (block * all + column) * format->block_bytes;
-    for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
-        int64_t size = least(TILE_TOKENS, tokens - token);
+    for (int64_t token = 0; token < tokens; token += format->tile_tokens) {
+        int64_t size = least(format->tile_tokens, tokens - token);
         const char *x = job->prepared + (token * all + column * size) * format->x_bytes;
         job->tile(sums + token * stride, stride, x, weights, count, (int)size);
     }
@@ -107,7 +107,7 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
     int64_t step = COLUMNS_AT_ONCE / job->format->block_columns;
     memset(sums, 0, sizeof(float) * (size_t)(tokens * stride));
     /* With few tokens a row block is read from end to end; with many, the row blocks share a part of the inputs. */
-    int64_t together = tokens <= TILE_TOKENS ? 1 : last - first;
+    int64_t together = tokens <= job->format->tile_tokens ? 1 : last - first;
     for (int64_t group = first; group < last; group += together)
         for (int64_t column = 0; column < all; column += step)
             for (int64_t block = group; block < least(group + together, last); block++)
@@ -118,13 +118,15 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
 
 static void prepare_tokens(const struct job *job, char *to, const char *x, int64_t tokens, int64_t columns,
                            int64_t workers) {
-    int64_t token_bytes = job->format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
-    if (tokens <= TILE_TOKENS) job->format->prepare(to, x, job->type, columns, (int)tokens);
+    const struct format *format = job->format;
+    int64_t token_bytes = format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
+    int64_t tile = format->tile_tokens;
+    if (tokens <= tile) format->prepare(to, x, job->type, columns, (int)tokens);
     else {
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
-        for (int64_t token = 0; token < tokens; token += TILE_TOKENS)
-            job->format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
-                                 (int)least(TILE_TOKENS, tokens - token));
+        for (int64_t token = 0; token < tokens; token += tile)
+            format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
+                            (int)least(tile, tokens - token));
     }
 }
 
@@ -135,8 +137,8 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     int64_t column_blocks = (columns + format->block_columns - 1) / format->block_columns;
     int64_t row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t token_bytes = format->x_bytes * column_blocks, size = type == FLOAT32 ? 4 : 2;
-    int64_t fits = SCRATCH_BYTES / (token_bytes * TILE_TOKENS) * TILE_TOKENS;
-    int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, fits > TILE_TOKENS ? fits : TILE_TOKENS));
+    int64_t tile_bytes = token_bytes * format->tile_tokens, tiles = SCRATCH_BYTES / tile_bytes;
+    int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, (tiles < 1 ? 1 : tiles) * format->tile_tokens));
     if (!tokens) return 0;
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
