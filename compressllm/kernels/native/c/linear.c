@@ -10,7 +10,8 @@
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
     COLUMNS_AT_ONCE = 512,         /* whose weights and inputs, of a row block and a tile, fit the L1 cache together */
-    ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most */
+    ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most: small tasks even out what others take of a core */
+    TASK_BYTES = 1 << 18,          /* of weights in a task of few tokens, about */
     SCRATCH_BYTES = 8 << 20,       /* prepared inputs, at most, where a tile is not larger */
     BYTES_WORTH_THREADS = 1 << 16, /* of weights read; below, waking a thread costs more than it saves */
 };
@@ -145,8 +146,9 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};
     int64_t work = row_blocks * column_blocks * format->block_bytes * (1 + tokens / 4);
     int64_t workers = work < BYTES_WORTH_THREADS ? 1 : threads();
-    int64_t step = row_blocks / (workers * 4); /* enough tasks to even out what other programs take of a core */
-    step = step < 1 ? 1 : least(step, ROW_BLOCKS_AT_ONCE);
+    int64_t most = tokens > format->tile_tokens ? ROW_BLOCKS_AT_ONCE : TASK_BYTES / (column_blocks * format->block_bytes);
+    int64_t step = least(row_blocks / (workers * 4), least(most, ROW_BLOCKS_AT_ONCE));
+    step = step < 1 ? 1 : step;
     for (int64_t start = 0; start < tokens; start += at_once) {
         int64_t count = least(at_once, tokens - start);
         char *to = (char *)y + start * rows * size;
