@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
+from compressllm.core.cache import cache_folder
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.models.blocks import ENCODER_DECODER
 from compressllm.models.checkpoint import Checkpoint, first_line
@@ -54,13 +55,6 @@ def resolve_model(name: str) -> Path:
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise FormatError(f"{name}: does not exist; give a model folder, a .gguf file, a hub id or 'demo'")
     return _fetch_from_hub(name)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$COMPRESSLLM_CACHE``, or the user's cache folder."""
-    if chosen := os.environ.get("COMPRESSLLM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressllm"
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
