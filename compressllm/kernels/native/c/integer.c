@@ -67,38 +67,40 @@ static float input(const void *x, int type, int64_t at) {
     return type == FLOAT32 ? ((const float *)x)[at] : from_bfloat16(((const uint16_t *)x)[at]);
 }
 
-/* x rounded to int8 in spans of 32 columns: [span][token][32] int8 and [span][token] float32 scales.
- * What is not finite makes its whole span NaN. */
+/* One span of a token's inputs rounded to int8; what is not finite makes its scale, and so the sums over it, NaN. */
+static void round_span(int8_t *rounded, float *scale, const float *values) {
+    int32_t bits[SPAN], top = 0; /* without their sign, floats order as their bits do, NaN above all */
+    memcpy(bits, values, sizeof bits);
+    for (int i = 0; i < SPAN; i++) {
+        int32_t magnitude = bits[i] & 0x7FFFFFFF;
+        top = magnitude > top ? magnitude : top;
+    }
+    float largest;
+    memcpy(&largest, &top, sizeof largest);
+    *scale = top < 0x7F800000 ? largest / 127.0f : __builtin_nanf("");
+    float inverse = *scale > 0.0f ? 127.0f / largest : 0.0f;
+    if (!(inverse < __builtin_inff())) inverse = *scale = 0.0f; /* too small for a scale: rounded to zero */
+    float shifted[SPAN];
+    for (int i = 0; i < SPAN; i++) shifted[i] = values[i] * inverse + 12582912.0f; /* 1.5 * 2^23: steps of 1 */
+    memcpy(bits, shifted, sizeof bits);
+    for (int i = 0; i < SPAN; i++) rounded[i] = (int8_t)(bits[i] - 0x4B400000);
+}
+
+/* x rounded to int8: [span][token][32] int8 and [span][token] float32 scales. */
 static void prepare_rounded(void *prepared, const void *x, int type, int64_t columns, int tokens, int64_t group) {
     int8_t *to = prepared;
     int64_t padded = (columns + group - 1) / group * group;
     for (int64_t column = 0; column < padded; column += SPAN, to += ROUNDED_BYTES * tokens)
         for (int t = 0; t < tokens; t++) {
-            float values[SPAN] = {0}, largest;
-            if (column + SPAN <= columns) {
-                if (type == FLOAT32) memcpy(values, (const float *)x + t * columns + column, sizeof values);
-                else
-                    for (int i = 0; i < SPAN; i++)
-                        values[i] = from_bfloat16(((const uint16_t *)x)[t * columns + column + i]);
-            } else
-                for (int64_t i = 0; column + i < columns && i < SPAN; i++)
-                    values[i] = input(x, type, t * columns + column + i);
-            uint32_t bits[SPAN], top = 0; /* magnitudes order as their bits do, NaN above all */
-            memcpy(bits, values, sizeof bits);
-            for (int i = 0; i < SPAN; i++) {
-                uint32_t magnitude = bits[i] & 0x7FFFFFFF;
-                top = magnitude > top ? magnitude : top;
-            }
-            memcpy(&largest, &top, sizeof largest);
-            float scale = largest / 127.0f, inverse = top && top < 0x7F800000 ? 127.0f / largest : 0.0f;
-            if (top >= 0x7F800000) scale = __builtin_nanf("");
-            for (int i = 0; i < SPAN; i++) {
-                float shifted = values[i] * inverse + 12582912.0f; /* 1.5 * 2^23: its last bit is worth 1 */
-                int32_t integer;
-                memcpy(&integer, &shifted, sizeof integer);
-                to[SPAN * t + i] = (int8_t)(integer - 0x4B400000);
-            }
-            memcpy(to + SPAN * tokens + 4 * t, &scale, sizeof scale);
+            float values[SPAN] = {0};
+            int64_t at = t * columns + column;
+            int count = columns - column < SPAN ? (int)(columns > column ? columns - column : 0) : SPAN;
+            if (type == FLOAT32) memcpy(values, (const float *)x + at, sizeof *values * count);
+            else if (count == SPAN) /* a known number of turns, for the compiler */
+                for (int i = 0; i < SPAN; i++) values[i] = from_bfloat16(((const uint16_t *)x)[at + i]);
+            else
+                for (int i = 0; i < count; i++) values[i] = from_bfloat16(((const uint16_t *)x)[at + i]);
+            round_span(to + SPAN * t, (float *)(to + SPAN * tokens) + t, values);
         }
 }
 
@@ -111,19 +113,22 @@ static void prepare_exact(void *prepared, const void *x, int type, int64_t colum
             for (int i = 0; i < 4; i++) to[i] = column < columns ? input(x, type, t * columns + column + i) : 0.0f;
 }
 
-#define FORMAT(bits, group)                                                                                   \
+enum { ROUNDED_COLUMNS = 1024, EXACT_COLUMNS = 256 }; /* at once: of 128 tokens, 147 and 128 KiB */
+
+#define FORMAT(bits, group)                                                                                      \
     static void prepare_##bits##_##group(void *prepared, const void *x, int type, int64_t columns, int tokens) { \
-        prepare_rounded(prepared, x, type, columns, tokens, group);                                           \
-    }                                                                                                         \
-    static void prepare_exact_##bits##_##group(void *prepared, const void *x, int type, int64_t columns,      \
-                                               int tokens) {                                                  \
-        prepare_exact(prepared, x, type, columns, tokens, group);                                             \
-    }                                                                                                         \
-    const struct format int##bits##_g##group##_format = {                                                     \
-        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group / SPAN * ROUNDED_BYTES,                  \
-        prepare_##bits##_##group};                                                                            \
-    const struct format int##bits##_g##group##_exact_format = {                                               \
-        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group * 4, prepare_exact_##bits##_##group};
+        prepare_rounded(prepared, x, type, columns, tokens, group);                                              \
+    }                                                                                                            \
+    static void prepare_exact_##bits##_##group(void *prepared, const void *x, int type, int64_t columns,         \
+                                               int tokens) {                                                     \
+        prepare_exact(prepared, x, type, columns, tokens, group);                                                \
+    }                                                                                                            \
+    const struct format int##bits##_g##group##_format = {                                                        \
+        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group / SPAN * ROUNDED_BYTES, ROUNDED_COLUMNS,    \
+        prepare_##bits##_##group};                                                                               \
+    const struct format int##bits##_g##group##_exact_format = {                                                  \
+        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group * 4, EXACT_COLUMNS,                         \
+        prepare_exact_##bits##_##group};
 
 FORMAT(8, 32)
 FORMAT(8, 64)
