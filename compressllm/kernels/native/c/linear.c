@@ -7,6 +7,9 @@
 #include <omp.h>
 #endif
 
+#ifndef CAO
+#define CAO 512
+#endif
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
     ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most */
