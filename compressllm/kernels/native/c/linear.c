@@ -94,7 +94,8 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
                       int64_t count) {
     const struct format *format = job->format;
     int64_t all = job->column_blocks;
-    const char *weights = job->blocks + (block * all + column) * format->block_bytes;
+    int64_t at = block * all + column;
+    const char *weights = job->blocks + (format->block_bytes ? at * format->block_bytes : ((int64_t *)job->blocks)[at]);
     for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
         int64_t size = least(TILE_TOKENS, tokens - token);
         const char *x = job->prepared + (token * all + column * size) * format->x_bytes;
@@ -131,7 +132,8 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};
-    int64_t work = row_blocks * column_blocks * format->block_bytes * (1 + tokens / 4);
+    int64_t block_bytes = format->block_bytes ? format->block_bytes : BLOCK_ROWS * format->block_columns;
+    int64_t work = row_blocks * column_blocks * block_bytes * (1 + tokens / 4);
     int64_t workers = work < BYTES_WORTH_THREADS ? 1 : threads();
     int64_t step = row_blocks / (workers * 4); /* enough tasks to even out what other programs take of a core */
     step = step < 1 ? 1 : least(step, ROW_BLOCKS_AT_ONCE);

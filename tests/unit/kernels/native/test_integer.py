@@ -1,3 +1,5 @@
+"""The quantised 2:4 formats: bits and products against the codes and scales they were made of."""
+
 import pytest
 import torch
 from torch.nn import functional
@@ -5,9 +7,7 @@ from torch.nn import functional
 from compressllm.core.errors import FormatError, PatternError
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
 from compressllm.kernels.native import integer
-from compressllm.kernels.native.library import library, unavailable
-
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+from compressllm.kernels.native.library import library
 
 TOKENS = [1, 2, 3, 5, 7, 8, 33]
 
@@ -37,6 +37,25 @@ def rounded(x):
     largest = spans.abs().amax(-1, keepdim=True)
     integers = (spans * (127.0 / largest)).nan_to_num(0.0).round()
     return (integers.double() * (largest / 127.0).double()).view(tokens, -1)[:, :columns]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_layout_is_the_documented_one(bits):
+    """By the words of c/integer.h; slow."""
+    blocks, made, keep = packed(21, 128, bits, 64)
+    size = 32 + 2 * (64 + 32 * bits)
+    want = torch.zeros(2, 2, size, dtype=torch.uint8)
+    for row in range(21):
+        for column in range(0, 128, 4):
+            block, r = want[row // 16, column // 64], row % 16
+            block[2 * r : 2 * r + 2] = made.scales[row, column // 64].half().view(1).view(torch.uint8)
+            span = block[32:].view(2, -1)[column % 64 // 32]
+            j, first_slot = column % 32 // 8, column % 8 // 4 * 2
+            for i, position in enumerate(keep[row, column : column + 4].nonzero().flatten().tolist()):
+                slot, code = 4 * r + first_slot + i, int(made.codes[row, column + position]) & (2**bits - 1)
+                span[slot] |= position << 2 * j
+                span[64 + (64 * j if bits == 8 else 64 * (j // 2)) + slot] |= code << (0 if bits == 8 else 4 * (j % 2))
+    assert torch.equal(blocks, want)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, "row"])
