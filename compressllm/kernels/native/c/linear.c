@@ -7,9 +7,6 @@
 #include <omp.h>
 #endif
 
-#ifndef CAO
-#define CAO 512
-#endif
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
     ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most */
@@ -119,6 +116,18 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
     finish(job, y, sums, stride, tokens, first * BLOCK_ROWS);
 }
 
+static void prepare_tokens(const struct job *job, char *to, const char *x, int64_t tokens, int64_t columns,
+                           int64_t workers) {
+    int64_t token_bytes = job->format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
+    if (tokens <= TILE_TOKENS) job->format->prepare(to, x, job->type, columns, (int)tokens);
+    else {
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
+        for (int64_t token = 0; token < tokens; token += TILE_TOKENS)
+            job->format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
+                                 (int)least(TILE_TOKENS, tokens - token));
+    }
+}
+
 /* y (tokens, rows) = x (tokens, columns) W^T + bias (rows) or NULL, all contiguous and of `type`.
  * Sums are float32 and rounded once. Returns 0, or 1 if there is no memory for the prepared inputs. */
 int linear(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias, const void *blocks,
@@ -139,13 +148,16 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     step = step < 1 ? 1 : least(step, ROW_BLOCKS_AT_ONCE);
     for (int64_t start = 0; start < tokens; start += at_once) {
         int64_t count = least(at_once, tokens - start);
-#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && count > TILE_TOKENS)
-        for (int64_t token = 0; token < count; token += TILE_TOKENS)
-            format->prepare(prepared + token * token_bytes, (const char *)x + (start + token) * columns * size, type,
-                            columns, (int)least(TILE_TOKENS, count - token));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(workers) if (workers > 1)
-        for (int64_t block = 0; block < row_blocks; block += step)
-            run_task(&job, (char *)y + start * rows * size, count, block, least(block + step, row_blocks));
+        char *to = (char *)y + start * rows * size;
+        prepare_tokens(&job, prepared, (const char *)x + start * columns * size, count, columns, workers);
+        if (workers == 1)
+            for (int64_t block = 0; block < row_blocks; block += step)
+                run_task(&job, to, count, block, least(block + step, row_blocks));
+        else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(workers)
+            for (int64_t block = 0; block < row_blocks; block += step)
+                run_task(&job, to, count, block, least(block + step, row_blocks));
+        }
     }
     return 0;
 }
