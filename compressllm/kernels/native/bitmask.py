@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,26 @@ from compressllm.kernels.native.torchop import define_linear
 
 _ROWS, _COLUMNS = 16, 256  # of a block
 _OVERREAD = 64  # bytes that a kernel may read past the last value
+_FEW_TOKENS = 64  # up to which reading less makes up for a product that is slower than torch's
+_EXPANDED = 16  # row blocks at a time: 4 MiB of 4096 columns
 
-linear = define_linear("bitmask")
+_linear = define_linear("bitmask")
+_library: Any = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("bitmask_expand(Tensor blocks, int first, int last, int columns) -> Tensor")
+
+
+def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """(..., in) -> (..., rows). For many tokens the weight is expanded, some rows at a time, and torch multiplies."""
+    columns = x.shape[-1]
+    if x.numel() <= _FEW_TOKENS * columns:
+        return _linear(x, blocks, bias, rows)
+    wide = x.float()
+    parts = []
+    for first in range(0, -(-rows // _ROWS), _EXPANDED):
+        part = torch.ops.compressllm.bitmask_expand(blocks, first, min(first + _EXPANDED, -(-rows // _ROWS)), columns)
+        parts.append(functional.linear(wide, part))
+    y = torch.cat(parts, -1)[..., :rows]
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def pack(weight: Tensor, keep: Tensor) -> Tensor:
@@ -38,10 +57,25 @@ def _pack(loaded: Library, weight: Tensor, keep: Tensor) -> Tensor:
 
 def unpack(blocks: Tensor, rows: int, columns: int) -> Tensor:
     """The (rows, columns) bfloat16 weight that `pack` was given, bit for bit."""
-    weight = torch.zeros(rows, columns, dtype=torch.bfloat16)
-    blocks = blocks.contiguous()
-    library().c.bitmask_unpack(*_addresses(weight, blocks), ctypes.c_int64(rows), ctypes.c_int64(columns))
-    return weight
+    wide: Tensor = torch.ops.compressllm.bitmask_expand(blocks, 0, -(-rows // _ROWS), columns)[:rows]
+    return (wide.view(torch.int32) >> 16).short().view(torch.bfloat16)  # a cast would not keep every NaN
+
+
+def _expand(blocks: Tensor, first: int, last: int, columns: int) -> Tensor:
+    loaded, column_blocks = library(), -(-columns // _COLUMNS)
+    wide = torch.empty((last - first) * _ROWS, column_blocks * _COLUMNS)
+    call = getattr(loaded.c, f"bitmask_expand_{loaded.kernel('bitmask').isa}")
+    call(*_addresses(wide, blocks.contiguous()), *map(ctypes.c_int64, (first, last, column_blocks)))
+    return wide[:, :columns]
+
+
+def _fake_expand(blocks: Tensor, first: int, last: int, columns: int) -> Tensor:
+    wide = blocks.new_empty((last - first) * _ROWS, -(-columns // _COLUMNS) * _COLUMNS, dtype=torch.float32)
+    return wide[:, :columns]
+
+
+_library.impl("bitmask_expand", _expand, "CPU")
+torch.library.register_fake("compressllm::bitmask_expand", _fake_expand, lib=_library)
 
 
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:

@@ -1,4 +1,4 @@
-/* Unstructured bf16: packing, unpacking, and how inputs are laid out for its kernels. */
+/* Unstructured bf16: packing, and how inputs are laid out for its kernels. */
 #include "bitmask.h"
 
 static void prepare(void *prepared, const void *x, int type, int64_t columns, int tokens) {
@@ -33,24 +33,6 @@ void bitmask_pack(uint8_t *blocks, const uint16_t *weight, const uint8_t *keep, 
                     bits[i / 8] |= (uint8_t)(1 << i % 8);
                     memcpy(to, weight + at, sizeof *weight);
                     to += sizeof *weight;
-                }
-        }
-}
-
-/* The inverse; weight is zeros at first. */
-void bitmask_unpack(uint16_t *weight, const uint8_t *blocks, int64_t rows, int64_t columns) {
-    int64_t column_blocks = (columns + MASK_COLUMNS - 1) / MASK_COLUMNS;
-    const int64_t *offsets = (const int64_t *)blocks;
-#pragma omp parallel for
-    for (int64_t first = 0; first < rows; first += BLOCK_ROWS)
-        for (int64_t block = 0; block < column_blocks; block++) {
-            const uint8_t *bits = blocks + offsets[first / BLOCK_ROWS * column_blocks + block];
-            const uint8_t *from = bits + MASK_BYTES;
-            for (int64_t row = first; row < rows && row < first + BLOCK_ROWS; row++, bits += MASK_ROW_BYTES)
-                for (int64_t i = 0, column = block * MASK_COLUMNS; i < MASK_COLUMNS && column < columns; i++, column++) {
-                    if (!(bits[i / 8] >> i % 8 & 1)) continue;
-                    memcpy(weight + row * columns + column, from, sizeof *weight);
-                    from += sizeof *weight;
                 }
         }
 }

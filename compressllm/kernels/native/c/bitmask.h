@@ -25,4 +25,16 @@ static inline int kept_of_row(const uint8_t *bits) {
     return kept;
 }
 
+/* Rows of blocks first .. last as float32, (last - first) * 16 rows of `column_blocks` * 256, zeros among them; the
+ * bits of a value are the high half of its float's. SPREAD(to, block, stride) does one block and returns its end. */
+#define EXPAND(isa, SPREAD)                                                                                       \
+    void bitmask_expand_##isa(float *to, const uint8_t *blocks, int64_t first, int64_t last, int64_t column_blocks) { \
+        int64_t stride = column_blocks * MASK_COLUMNS;                                                            \
+        _Pragma("omp parallel for schedule(static)") for (int64_t block = first; block < last; block++) {         \
+            const uint8_t *at = blocks + ((const int64_t *)blocks)[block * column_blocks];                        \
+            for (int64_t i = 0; i < column_blocks; i++)                                                           \
+                at = SPREAD(to + (block - first) * BLOCK_ROWS * stride + i * MASK_COLUMNS, at, stride);           \
+        }                                                                                                         \
+    }
+
 #endif

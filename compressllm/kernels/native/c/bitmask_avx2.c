@@ -7,6 +7,7 @@
 typedef __m256 vec;
 #define zero _mm256_setzero_ps
 #define load _mm256_loadu_ps
+#define store _mm256_storeu_ps
 #define fma _mm256_fmadd_ps
 
 /* For each 8 bits and column, which bytes of the next values make its float: none, or 0, 0 and the k-th value. */
@@ -34,3 +35,5 @@ static inline __attribute__((always_inline)) float total(__m256 lanes) {
 void bitmask_tile_avx2(float *sums, int64_t stride, const void *x, const void *blocks, int64_t count, int tokens) {
     tile_any(sums, stride, x, blocks, count, tokens);
 }
+
+EXPAND(avx2, spread)

@@ -7,6 +7,7 @@
 typedef __m512 vec;
 #define zero _mm512_setzero_ps
 #define load _mm512_loadu_ps
+#define store _mm512_storeu_ps
 #define fma _mm512_fmadd_ps
 #define total _mm512_reduce_add_ps
 
@@ -19,3 +20,5 @@ static inline __attribute__((always_inline)) __m512 expand(const uint8_t *values
 void bitmask_tile_avx512(float *sums, int64_t stride, const void *x, const void *blocks, int64_t count, int tokens) {
     tile_any(sums, stride, x, blocks, count, tokens);
 }
+
+EXPAND(avx512, spread)

@@ -6,6 +6,7 @@
 typedef float32x4_t vec;
 #define zero() vdupq_n_f32(0)
 #define load vld1q_f32
+#define store vst1q_f32
 #define fma(a, b, c) vfmaq_f32(c, a, b)
 #define total vaddvq_f32
 
@@ -24,3 +25,5 @@ static inline __attribute__((always_inline)) float32x4_t expand(const uint8_t *v
 void bitmask_tile_neon(float *sums, int64_t stride, const void *x, const void *blocks, int64_t count, int tokens) {
     tile_any(sums, stride, x, blocks, count, tokens);
 }
+
+EXPAND(neon, spread)

@@ -21,3 +21,19 @@ void bitmask_tile_scalar(float *sums, int64_t stride, const void *x, const void 
         bits = values;
     }
 }
+
+static const uint8_t *spread(float *to, const uint8_t *bits, int64_t stride) {
+    const uint8_t *values = bits + MASK_BYTES;
+    for (int r = 0; r < BLOCK_ROWS; r++, bits += MASK_ROW_BYTES, to += stride)
+        for (int column = 0; column < MASK_COLUMNS; column++) {
+            uint16_t value = 0;
+            if (bits[column / 8] >> column % 8 & 1) {
+                memcpy(&value, values, sizeof value);
+                values += sizeof value;
+            }
+            to[column] = from_bfloat16(value);
+        }
+    return values;
+}
+
+EXPAND(scalar, spread)

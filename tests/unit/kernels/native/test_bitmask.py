@@ -72,6 +72,25 @@ def test_errs_no_more_than_twice_what_torch_errs(kernel, shape, dtype):
         assert (y - exact[:tokens]).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(33, 40), (300, 2100)], ids=str)
+def test_many_tokens_are_multiplied_by_torch(shape, dtype):
+    weight, keep = sparse(*shape)
+    x, bias = torch.randn(3, 51, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    exact = functional.linear(x.double(), weight.double(), bias.double())
+    allowed = 2 * (functional.linear(x, weight.to(dtype), bias) - exact).abs().max()
+    y = bitmask.linear(x, bitmask.pack(weight, keep), bias, shape[0])
+    assert y.dtype == dtype
+    assert (y - exact).abs().max() <= allowed
+
+
+def test_any_bits_come_back():
+    weight = torch.arange(-(2**15), 2**15).short().view(256, 256).view(torch.bfloat16)  # NaN and all
+    assert torch.equal(
+        raw(bitmask.unpack(bitmask.pack(weight, raw(weight) % 3 > 0), 256, 256)), raw(weight) * (raw(weight) % 3 > 0)
+    )
+
+
 def test_the_number_of_threads_changes_no_bit():
     weight, keep = sparse(640, 1000)
     blocks, x, before = bitmask.pack(weight, keep), torch.randn(9, 1000), torch.get_num_threads()
