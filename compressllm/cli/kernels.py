@@ -32,6 +32,8 @@ def info(as_json: AsJson = False) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
+        if value is None:
+            continue
         lines = [f"{key}: {one}" for key, one in value.items()] if isinstance(value, dict) else [_text(value)]
         for label, line in zip([name.replace("_", " "), *[""] * len(lines)], lines, strict=False):
             results.print(f"{label:<26}{line}", markup=False, soft_wrap=True)
@@ -40,4 +42,4 @@ def info(as_json: AsJson = False) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "-"
-    return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -15,7 +15,7 @@ from compressllm.kernels.native.torchop import define_linear
 _ROWS, _COLUMNS = 16, 32  # of a block
 _WORDS = _ROWS * 9  # uint32 of a block: codes, and 8 groups of pairs
 
-linear = define_linear("bf16")
+linear = define_linear("bf16", wide="bf16wide")
 
 
 def pack(weight: Tensor, keep: Tensor) -> Tensor:
@@ -61,4 +61,4 @@ def _sample(loaded: Library) -> tuple[Tensor, int, int]:
     return _pack(loaded, weight, keep), rows, columns
 
 
-SAMPLES["bf16"] = _sample
+SAMPLES["bf16"] = SAMPLES["bf16wide"] = _sample

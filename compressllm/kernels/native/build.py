@@ -54,16 +54,34 @@ class Build:
 def build() -> Build:
     """The library of this machine's compiler, from the cache or compiled now; processes may call it at once.
 
+    Without a compiler, one that was compiled from the same sources before will do.
+
     Raises: BackendUnavailableError if there is no compiler, or it fails.
     """
-    compiler = _compiler()
+    folder = cache_folder() / "native"
+    sources = _digest(*(text for path in sorted(SOURCES.iterdir()) for text in (path.name, path.read_text("utf-8"))))
+    try:
+        compiler = _compiler()
+    except BackendUnavailableError:
+        if compiled := sorted(folder.glob(f"{sources}-*/build.json")):
+            return _read(compiled[0])
+        raise
     version = _run([*compiler, "--version"]).splitlines()[0]
     openmp = openmp_in_process()
-    folder = cache_folder() / "native" / _key(compiler, version, openmp)
+    machine = (platform.machine(), platform.system())
+    folder /= f"{sources}-{_digest(*compiler, version, *_FLAGS, openmp, *machine, ISAS)}"
     if not (folder / "build.json").exists():
         _build_into(folder, compiler, f"{compiler[0]}: {version}", openmp)
-    facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-    return Build(**facts | {"library": folder / facts["library"], "isas": tuple(facts["isas"])})
+    return _read(folder / "build.json")
+
+
+def _read(record: Path) -> Build:
+    facts = json.loads(record.read_text(encoding="utf-8"))
+    return Build(**facts | {"library": record.parent / facts["library"], "isas": tuple(facts["isas"])})
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:12]
 
 
 def openmp_in_process() -> str | None:
@@ -84,15 +102,6 @@ def _compiler() -> list[str]:
         if parts and (found := shutil.which(parts[0])):
             return [found, *parts[1:]]
     raise BackendUnavailableError(f"needs a C compiler, found none called {', '.join(wanted)}; install gcc or set CC")
-
-
-def _key(compiler: list[str], version: str, openmp: str | None) -> str:
-    digest = hashlib.sha256()
-    for part in (*compiler, version, *_FLAGS, openmp, platform.machine(), platform.system(), ISAS):
-        digest.update(f"{part}\0".encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:20]
 
 
 def _build_into(folder: Path, compiler: list[str], name: str, openmp: str | None) -> None:

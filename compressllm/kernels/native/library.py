@@ -182,10 +182,10 @@ def _load(switch: str, isa: str) -> Library | str:
     try:
         built = build()
         c = ctypes.CDLL(str(built.library))
-    except BackendUnavailableError as error:
-        return str(error)
-    except OSError as error:
-        return f"the compiled kernels cannot be loaded: {error}"
+    except (BackendUnavailableError, OSError) as error:
+        reason = str(error) if isinstance(error, BackendUnavailableError) else f"cannot be loaded: {error}"
+        warnings.warn(f"no native CPU kernels, sparse linears run dense: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     _declare(c)
     names = [one.name for one in isas_here()]
     refused: dict[str, str] = {one.name: "is for another architecture" for one in ISAS if one.name not in names}

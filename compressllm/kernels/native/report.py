@@ -28,6 +28,7 @@ def report() -> dict[str, Any]:
     except BackendUnavailableError as error:
         return facts | {"reason": str(error)}
     BACKENDS.names()  # imports the backends, whose formats then have their samples
+    chosen = {format: loaded.kernel(format).isa for format in sorted(SAMPLES)}
     return facts | {
         "available": True,
         "compiler": loaded.build.compiler,
@@ -35,7 +36,7 @@ def report() -> dict[str, Any]:
         "build_seconds": loaded.build.seconds,
         "built": list(loaded.build.isas),
         "usable": list(loaded.isas),
-        "chosen": {format: loaded.kernel(format).isa for format in sorted(SAMPLES)},
+        "chosen": {format: isa for format, isa in chosen.items() if isa != "scalar" or len(loaded.isas) == 1},
         "refused": dict(loaded.refused),
         "openmp": loaded.build.openmp,
         "no_openmp": loaded.build.no_openmp,

@@ -15,13 +15,18 @@ from compressllm.kernels.native.library import Kernel, Library, library
 Operator = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 # Not torch.library.custom_op: its checks take longer at every call than a small linear does.
+_MANY_TOKENS = 8  # from here on a matrix unit, half idle, is faster than vectors
 _library: Any = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_linear(format: str) -> Operator:
+def define_linear(format: str, wide: str | None = None) -> Operator:
     """Define ``torch.ops.compressllm.{format}_linear``, y = x W^T + b for blocks of that format.
 
     x and y are float32 or bfloat16; float16 is computed as float32. Has no gradient.
+
+    Args:
+        wide: A format of the same blocks, whose kernel is taken where it has one above ``scalar``, for bfloat16 inputs
+            of many tokens.
 
     Returns: What to call: it goes through the operator while torch traces, and past torch's dispatcher, which takes
         longer than a small linear, otherwise.
@@ -30,12 +35,15 @@ def define_linear(format: str) -> Operator:
     _library.define(f"{name}(Tensor x, Tensor blocks, Tensor? bias, int rows) -> Tensor")
 
     @functools.cache  # reads the environment once, not at every call
-    def found() -> tuple[Library, Kernel]:
+    def found() -> tuple[Library, Kernel, Kernel | None]:
         loaded = library()
-        return loaded, loaded.kernel(format)
+        other = loaded.kernel(wide) if wide else None
+        return loaded, loaded.kernel(format), other if other and other.isa != "scalar" else None
 
     def compute(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        loaded, kernel = found()
+        loaded, kernel, many = found()
+        if many and x.dtype == torch.bfloat16 and x.numel() >= _MANY_TOKENS * x.shape[-1]:
+            return loaded.linear(many, x, blocks, bias, rows)
         if x.dtype == torch.float16:
             return loaded.linear(kernel, x.float(), blocks, bias, rows).to(x.dtype)
         return loaded.linear(kernel, x, blocks, bias, rows)

@@ -5,7 +5,7 @@ void bf16_tile_scalar(float *sums, int64_t stride, const void *x, const void *bl
     const uint32_t *block = blocks;
     const float *at = x;
     for (int64_t i = 0; i < count; i++, block += 9 * BLOCK_ROWS, at += 32 * tokens) {
-        float part[TILE_TOKENS][BLOCK_ROWS] = {{0}}; /* of one block: rounding grows with the length of a sum */
+        float part[8][BLOCK_ROWS] = {{0}}; /* of one block: rounding grows with the length of a sum */
         for (int group = 0; group < 8; group++)
             for (int r = 0; r < BLOCK_ROWS; r++) {
                 uint32_t code = block[r] >> 4 * group, pair = block[BLOCK_ROWS * (1 + group) + r];

@@ -15,7 +15,7 @@ static void prepare(void *prepared, const void *x, int type, int64_t columns, in
         }
 }
 
-const struct format bitmask_format = {MASK_COLUMNS, 0, MASK_COLUMNS * 4, MASK_COLUMNS, prepare};
+const struct format bitmask_format = {MASK_COLUMNS, 0, MASK_COLUMNS * 4, MASK_COLUMNS, TILE_TOKENS, prepare};
 
 /* Pack a weight (rows, columns) of which keep, one byte a weight, says what stays. The offsets in blocks are filled in,
  * the rest of it is zeros. */

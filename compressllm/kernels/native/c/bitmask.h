@@ -12,6 +12,7 @@
 #include "kernel.h"
 
 enum { MASK_COLUMNS = 256, MASK_ROW_BYTES = MASK_COLUMNS / 8, MASK_BYTES = BLOCK_ROWS * MASK_ROW_BYTES };
+enum { TILE_TOKENS = 8 }; /* given to a kernel at once, at most */
 enum { INPUTS = 16 }; /* of a token that lie together: x is [16 columns][token][16] float32 */
 
 /* How many columns a row of a block keeps. */

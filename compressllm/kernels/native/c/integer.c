@@ -124,10 +124,10 @@ enum { ROUNDED_COLUMNS = 1024, EXACT_COLUMNS = 256 }; /* at once: of 128 tokens,
         prepare_exact(prepared, x, type, columns, tokens, group);                                                \
     }                                                                                                            \
     const struct format int##bits##_g##group##_format = {                                                        \
-        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group / SPAN * ROUNDED_BYTES, ROUNDED_COLUMNS,    \
+        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group / SPAN * ROUNDED_BYTES, ROUNDED_COLUMNS, TILE_TOKENS,    \
         prepare_##bits##_##group};                                                                               \
     const struct format int##bits##_g##group##_exact_format = {                                                  \
-        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group * 4, EXACT_COLUMNS,                         \
+        group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group * 4, EXACT_COLUMNS, TILE_TOKENS,                         \
         prepare_exact_##bits##_##group};
 
 FORMAT(8, 32)

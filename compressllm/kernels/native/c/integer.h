@@ -22,6 +22,7 @@
 #include "kernel.h"
 
 enum {
+    TILE_TOKENS = 8, /* given to a kernel at once, at most */
     SPAN = 32, /* columns that share their positions, and a scale of the inputs */
     STEPS = 4,
     SCALES_BYTES = 2 * BLOCK_ROWS,

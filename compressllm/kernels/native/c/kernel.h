@@ -26,15 +26,15 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK_ROWS = 16, TILE_TOKENS = 8 }; /* rows of a block; the most tokens a kernel is given at once */
+enum { BLOCK_ROWS = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };        /* type of inputs, outputs and bias */
 
-/* Add to sums[t * stride + r] the products of 16 rows and `tokens` (1 to 8) tokens over `count` blocks.
+/* Add to sums[t * stride + r] the products of 16 rows and `tokens` (1 to tile_tokens) tokens over `count` blocks.
  * x: what the format's `prepare` made of the tokens; blocks: the first block of the row block to read. */
 typedef void tile_fn(float *sums, int64_t stride, const void *x, const void *blocks, int64_t count, int tokens);
 
-/* Lay out `tokens` (1 to 8) rows of x for the kernels: x_bytes * tokens for each block of columns, zero past the last
- * column. x: (tokens, columns) of `type`, contiguous. */
+/* Lay out `tokens` rows of x, those of one tile, for the kernels: x_bytes * tokens for each block of columns, zero past
+ * the last column. x: (tokens, columns) of `type`, contiguous. */
 typedef void prepare_fn(void *prepared, const void *x, int type, int64_t columns, int tokens);
 
 /* columns_at_once, a multiple of block_columns: how many one call of a kernel sums, before they are added to what came
@@ -43,6 +43,7 @@ typedef void prepare_fn(void *prepared, const void *x, int type, int64_t columns
  * `blocks` starts with. */
 struct format {
     int64_t block_columns, block_bytes, x_bytes, columns_at_once;
+    int64_t tile_tokens; /* the most tokens a kernel is given at once, up to 128 */
     prepare_fn *prepare;
 };
 

@@ -9,7 +9,8 @@
 
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
-    ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most */
+    ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most: small tasks even out what others take of a core */
+    TASK_BYTES = 1 << 18,          /* of weights in a task of few tokens, about */
     SCRATCH_BYTES = 8 << 20,       /* prepared inputs, at most, where a tile is not larger */
     BYTES_WORTH_THREADS = 1 << 16, /* of weights read; below, waking a thread costs more than it saves */
 };
@@ -93,8 +94,8 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
     int64_t all = job->column_blocks;
     int64_t at = block * all + column;
     const char *weights = job->blocks + (format->block_bytes ? at * format->block_bytes : ((int64_t *)job->blocks)[at]);
-    for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
-        int64_t size = least(TILE_TOKENS, tokens - token);
+    for (int64_t token = 0; token < tokens; token += format->tile_tokens) {
+        int64_t size = least(format->tile_tokens, tokens - token);
         const char *x = job->prepared + (token * all + column * size) * format->x_bytes;
         job->tile(sums + token * stride, stride, x, weights, count, (int)size);
     }
@@ -105,9 +106,9 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
     _Alignas(64) float sums[TOKENS_AT_ONCE * ROW_BLOCKS_AT_ONCE * BLOCK_ROWS];
     int64_t stride = (last - first) * BLOCK_ROWS, all = job->column_blocks;
     int64_t step = job->format->columns_at_once / job->format->block_columns;
-    memset(sums, 0, sizeof(float) * tokens * stride);
+    memset(sums, 0, sizeof(float) * (size_t)(tokens * stride));
     /* With few tokens a row block is read from end to end; with many, the row blocks share a part of the inputs. */
-    int64_t together = tokens <= TILE_TOKENS ? 1 : last - first;
+    int64_t together = tokens <= job->format->tile_tokens ? 1 : last - first;
     for (int64_t group = first; group < last; group += together)
         for (int64_t column = 0; column < all; column += step)
             for (int64_t block = group; block < least(group + together, last); block++)
@@ -118,13 +119,15 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
 
 static void prepare_tokens(const struct job *job, char *to, const char *x, int64_t tokens, int64_t columns,
                            int64_t workers) {
-    int64_t token_bytes = job->format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
-    if (tokens <= TILE_TOKENS) job->format->prepare(to, x, job->type, columns, (int)tokens);
+    const struct format *format = job->format;
+    int64_t token_bytes = format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
+    int64_t tile = format->tile_tokens;
+    if (tokens <= tile) format->prepare(to, x, job->type, columns, (int)tokens);
     else {
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
-        for (int64_t token = 0; token < tokens; token += TILE_TOKENS)
-            job->format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
-                                 (int)least(TILE_TOKENS, tokens - token));
+        for (int64_t token = 0; token < tokens; token += tile)
+            format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
+                            (int)least(tile, tokens - token));
     }
 }
 
@@ -135,8 +138,8 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     int64_t column_blocks = (columns + format->block_columns - 1) / format->block_columns;
     int64_t row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t token_bytes = format->x_bytes * column_blocks, size = type == FLOAT32 ? 4 : 2;
-    int64_t fits = SCRATCH_BYTES / (token_bytes * TILE_TOKENS) * TILE_TOKENS;
-    int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, fits > TILE_TOKENS ? fits : TILE_TOKENS));
+    int64_t tile_bytes = token_bytes * format->tile_tokens, tiles = SCRATCH_BYTES / tile_bytes;
+    int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, (tiles < 1 ? 1 : tiles) * format->tile_tokens));
     if (!tokens) return 0;
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
@@ -144,8 +147,9 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     int64_t block_bytes = format->block_bytes ? format->block_bytes : BLOCK_ROWS * format->block_columns;
     int64_t work = row_blocks * column_blocks * block_bytes * (1 + tokens / 4);
     int64_t workers = work < BYTES_WORTH_THREADS ? 1 : threads();
-    int64_t step = row_blocks / (workers * 4); /* enough tasks to even out what other programs take of a core */
-    step = step < 1 ? 1 : least(step, ROW_BLOCKS_AT_ONCE);
+    int64_t most = tokens > format->tile_tokens ? ROW_BLOCKS_AT_ONCE : TASK_BYTES / (column_blocks * block_bytes);
+    int64_t step = least(row_blocks / (workers * 4), least(most, ROW_BLOCKS_AT_ONCE));
+    step = step < 1 ? 1 : step;
     for (int64_t start = 0; start < tokens; start += at_once) {
         int64_t count = least(at_once, tokens - start);
         char *to = (char *)y + start * rows * size;

@@ -86,6 +86,15 @@ def test_no_compiler(monkeypatch):
         build()
 
 
+def test_no_compiler_but_a_library_compiled_before(monkeypatch, sources):
+    built = build()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert build() == built
+    (sources / "cpu.c").write_text("")
+    with pytest.raises(BackendUnavailableError, match="needs a C compiler"):
+        build()
+
+
 def test_a_compiler_that_fails(monkeypatch, tmp_path, cache):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo broken 1.0 && exit\necho x.c: error: no >&2\nexit 1\n")

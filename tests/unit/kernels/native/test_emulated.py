@@ -20,6 +20,9 @@ from compressllm.kernels.native.library import SAMPLES, Library, differs, librar
 SIMDE = os.environ.get("COMPRESSLLM_SIMDE")
 pytestmark = pytest.mark.skipif(not SIMDE, reason="COMPRESSLLM_SIMDE names no copy of SIMDe")
 
+#: Instruction set -> a format it has a kernel for.
+FORMATS = {"avx2": "bf16", "avx512": "bf16", "neon": "bf16", "amx": "bf16wide"}
+
 #: What the sources include -> the emulation of it, and what it lacks.
 HEADERS = {
     "immintrin.h": """
@@ -41,6 +44,30 @@ HEADERS = {
             return simde_mm512_loadu_ps(to);
         }
         #define _mm512_cvtph_ps cvtph
+
+        #include "kernel.h"
+        static struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
+        static uint8_t tile[8][16][64];
+        static void _tile_loadconfig(const void *from) { memcpy(&tiles, from, 64); memset(tile, 0xFF, sizeof tile); }
+        static void _tile_release(void) { memset(&tiles, 0, sizeof tiles); }
+        static void _tile_loadd(int n, const void *from, long stride) {
+            for (int r = 0; r < tiles.rows[n]; r++) memcpy(tile[n][r], (const char *)from + r * stride, tiles.bytes[n]);
+        }
+        static void _tile_stored(int n, void *to, long stride) {
+            for (int r = 0; r < tiles.rows[n]; r++) memcpy((char *)to + r * stride, tile[n][r], tiles.bytes[n]);
+        }
+        static void _tile_dpbf16ps(int c, int a, int b) { /* c[m][n] += a[m][2 k + i] * b[k][2 n + i] */
+            for (int m = 0; m < tiles.rows[c]; m++)
+                for (int k = 0; k < tiles.bytes[a] / 4; k++)
+                    for (int n = 0; n < tiles.bytes[c] / 4; n++)
+                        for (int i = 0; i < 2; i++) {
+                            uint16_t p, q; float sum;
+                            memcpy(&p, tile[a][m] + 4 * k + 2 * i, 2); memcpy(&q, tile[b][k] + 4 * n + 2 * i, 2);
+                            memcpy(&sum, tile[c][m] + 4 * n, 4);
+                            sum += from_bfloat16(p) * from_bfloat16(q);
+                            memcpy(tile[c][m] + 4 * n, &sum, 4);
+                        }
+        }
     """,
     "arm_neon.h": """
         #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -49,15 +76,18 @@ HEADERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["avx2", "avx512", "avx512vnni", "neon"])
+@pytest.fixture(scope="module", params=["avx2", "avx512", "avx512vnni", "neon", "amx"])
 def emulated(request, tmp_path_factory) -> Library:
     folder = tmp_path_factory.mktemp(request.param)
     for name, text in HEADERS.items():
         (folder / name).write_text(text)
     isas = {"scalar", request.param}
     kernels = {path for path in SOURCES.glob("*.c") if path.stem.rpartition("_")[2] in isas or "_" not in path.stem}
-    command = ["cc", "-std=gnu11", "-O1", "-fPIC", "-shared", f"-I{folder}", f"-I{SIMDE}", "-DSIMDE_NO_NATIVE"]
-    subprocess.run([*command, *map(str, sorted(kernels)), "-lpthread", "-o", folder / "k.so"], check=True)
+    command = ["cc", "-std=gnu11", "-O1", "-fPIC", "-shared", f"-I{folder}", f"-I{SIMDE}", f"-I{SOURCES}"]
+    subprocess.run(
+        [*command, "-DSIMDE_NO_NATIVE", "-w", *map(str, sorted(kernels)), "-lpthread", "-o", folder / "k.so"],
+        check=True,
+    )
     c = ctypes.CDLL(str(folder / "k.so"))
     module._declare(c)
     return Library(replace(build(), openmp=None), c, ("scalar", request.param), {})
@@ -73,15 +103,16 @@ def test_computes_what_the_scalar_kernel_computes(emulated, format):
     assert differs(emulated, kernel, oracle) is None
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 16, 33, 47, 48, 100, 131])
 def test_is_as_close_as_torch(emulated, awkward, tokens):
-    if emulated._address("bf16", emulated.isas[-1]) is None:
+    if emulated._address(FORMATS.get(emulated.isas[-1], ""), emulated.isas[-1]) is None:
         pytest.skip("bf16 runs on the next lower set")
     weight, keep = awkward(50, 1000)
     blocks = bf16.pack(weight, keep)
     x = torch.randn(tokens, 1000).bfloat16()
     exact = x.double() @ weight.double().T
-    got = emulated.linear(emulated.kernel("bf16", emulated.isas[-1]), x, blocks, None, 50)
+    isa = emulated.isas[-1]
+    got = emulated.linear(emulated.kernel(FORMATS[isa], isa), x, blocks, None, 50)
     assert (got - exact).abs().max() <= 2 * ((x @ weight.T) - exact).abs().max()
 
 

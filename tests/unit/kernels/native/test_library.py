@@ -84,3 +84,17 @@ def test_a_format_that_is_not_there():
     with pytest.raises(BackendUnavailableError, match="has no bf17_tile_scalar"):
         library().kernel("bf17")
     assert bf16.linear  # the format that is
+
+
+def test_without_a_compiler_it_warns_once_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPRESSLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    module._load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no native CPU kernels, sparse linears run dense: needs a C compiler"):
+            reason = unavailable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert unavailable() == reason
+    finally:
+        module._load.cache_clear()
