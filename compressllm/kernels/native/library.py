@@ -96,7 +96,8 @@ class Library:
         """(..., in) -> (..., rows), in the dtype of ``x``: float32 or bfloat16.
 
         Args:
-            blocks: (blocks of 16 rows, blocks of the format's columns, ...), contiguous, on the CPU.
+            blocks: (blocks of 16 rows, blocks of the format's columns, ...), contiguous, on the CPU; or (bytes,), of a
+                format whose blocks differ in size.
 
         Raises: RuntimeError for other dtypes and for shapes that do not fit, as torch does.
         """
@@ -104,7 +105,7 @@ class Library:
         needed = (-(-rows // _BLOCK_ROWS), -(-columns // kernel.block_columns))
         if x.dtype not in _TYPES:
             raise RuntimeError(f"native kernels take float32 and bfloat16 inputs, not {x.dtype}")
-        if blocks.shape[:2] != needed or (bias is not None and bias.shape != (rows,)):
+        if (blocks.dim() > 1 and blocks.shape[:2] != needed) or (bias is not None and bias.shape != (rows,)):
             raise RuntimeError(
                 f"{tuple(x.shape)} inputs and {rows} outputs need {needed} blocks, not {tuple(blocks.shape[:2])}, "
                 f"and a bias of ({rows},)"

@@ -14,4 +14,4 @@ static void prepare(void *prepared, const void *x, int type, int64_t columns, in
         }
 }
 
-const struct format bf16wide_format = {32, 9 * BLOCK_ROWS * 4, 64, 128, prepare};
+const struct format bf16wide_format = {32, 9 * BLOCK_ROWS * 4, 64, 512, 128, prepare};

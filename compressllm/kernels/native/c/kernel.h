@@ -37,8 +37,12 @@ typedef void tile_fn(float *sums, int64_t stride, const void *x, const void *blo
  * the last column. x: (tokens, columns) of `type`, contiguous. */
 typedef void prepare_fn(void *prepared, const void *x, int type, int64_t columns, int tokens);
 
+/* columns_at_once, a multiple of block_columns: how many one call of a kernel sums, before they are added to what came
+ * before. The inputs of many tokens for so many columns should fit into a cache.
+ * block_bytes is 0 where blocks differ in size; their int64 offsets [row block][block of columns] are then what
+ * `blocks` starts with. */
 struct format {
-    int64_t block_columns, block_bytes, x_bytes;
+    int64_t block_columns, block_bytes, x_bytes, columns_at_once;
     int64_t tile_tokens; /* the most tokens a kernel is given at once, up to 128 */
     prepare_fn *prepare;
 };

@@ -9,7 +9,6 @@
 
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
-    COLUMNS_AT_ONCE = 512,         /* whose weights and inputs, of a row block and a tile, fit the L1 cache together */
     ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most: small tasks even out what others take of a core */
     TASK_BYTES = 1 << 18,          /* of weights in a task of few tokens, about */
     SCRATCH_BYTES = 8 << 20,       /* prepared inputs, at most, where a tile is not larger */
@@ -93,7 +92,8 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
                       int64_t count) {
     const struct format *format = job->format;
     int64_t all = job->column_blocks;
-    const char *weights = job->blocks + (block * all + column) * format->block_bytes;
+    int64_t at = block * all + column;
+    const char *weights = job->blocks + (format->block_bytes ? at * format->block_bytes : ((int64_t *)job->blocks)[at]);
     for (int64_t token = 0; token < tokens; token += format->tile_tokens) {
         int64_t size = least(format->tile_tokens, tokens - token);
         const char *x = job->prepared + (token * all + column * size) * format->x_bytes;
@@ -105,7 +105,7 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
 static void run_task(const struct job *job, char *y, int64_t tokens, int64_t first, int64_t last) {
     _Alignas(64) float sums[TOKENS_AT_ONCE * ROW_BLOCKS_AT_ONCE * BLOCK_ROWS];
     int64_t stride = (last - first) * BLOCK_ROWS, all = job->column_blocks;
-    int64_t step = COLUMNS_AT_ONCE / job->format->block_columns;
+    int64_t step = job->format->columns_at_once / job->format->block_columns;
     memset(sums, 0, sizeof(float) * (size_t)(tokens * stride));
     /* With few tokens a row block is read from end to end; with many, the row blocks share a part of the inputs. */
     int64_t together = tokens <= job->format->tile_tokens ? 1 : last - first;
@@ -144,9 +144,10 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};
-    int64_t work = row_blocks * column_blocks * format->block_bytes * (1 + tokens / 4);
+    int64_t block_bytes = format->block_bytes ? format->block_bytes : BLOCK_ROWS * format->block_columns;
+    int64_t work = row_blocks * column_blocks * block_bytes * (1 + tokens / 4);
     int64_t workers = work < BYTES_WORTH_THREADS ? 1 : threads();
-    int64_t most = tokens > format->tile_tokens ? ROW_BLOCKS_AT_ONCE : TASK_BYTES / (column_blocks * format->block_bytes);
+    int64_t most = tokens > format->tile_tokens ? ROW_BLOCKS_AT_ONCE : TASK_BYTES / (column_blocks * block_bytes);
     int64_t step = least(row_blocks / (workers * 4), least(most, ROW_BLOCKS_AT_ONCE));
     step = step < 1 ? 1 : step;
     for (int64_t start = 0; start < tokens; start += at_once) {
