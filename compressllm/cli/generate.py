@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli.arguments import AsJson, Backend, Device, DType, Model
+from compressllm.cli.arguments import AsJson, Backend, Device, DType, KeepDense, Model
 from compressllm.cli.output import given, print_json, results, say
 from compressllm.eval.config import EvalConfig
 
@@ -23,6 +23,7 @@ def generate(
     dtype: DType = None,
     device: Device = None,
     backend: Backend = None,
+    keep_dense: KeepDense = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -32,7 +33,7 @@ def generate(
     from compressllm.stages.recipe import make_config
 
     bundle = open_bundle(model)
-    config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend))
+    config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend, keep_dense=keep_dense))
     live, _ = prepare(bundle, config)
     made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +13,9 @@ from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
-from compressllm.kernels.linear import swap_linears_
+from compressllm.kernels.linear import Choice, swap_linears_
+from compressllm.kernels.measured import Timings, measuring
+from compressllm.kernels.swapper import Swapper
 from compressllm.models.bundle import Bundle
 from compressllm.models.linears import held_otherwise
 
@@ -59,9 +62,23 @@ def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[s
 
     Raises: BackendUnavailableError if a backend asked for by name cannot run a linear.
     """
-    device = choose_device(config.device)
-    model = bundle.live(choose_dtype(config.dtype, bundle.stored_dtype, device), device)
-    other = {linear.name: linear.form for linear in held_otherwise(model).values() if linear.form}
-    choices = swap_linears_(model, bundle.masks, bundle.patterns, config.backend, other)
+    model, choices = prepare_linears(bundle, config)
     refused = {name: reason for choice in choices.values() for name, reason in choice.refused.items()}
     return model, {"linears": dict(Counter(choice.name for choice in choices.values())), "refused": refused}
+
+
+def prepare_linears(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, Mapping[str, Choice]]:
+    """As `prepare`, with what was chosen for each linear.
+
+    A model that is read from a checkpoint is never in memory dense: each linear is packed as soon as it is read.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
+    other = {linear.name: linear.form for linear in held_otherwise(bundle.model).values() if linear.form}
+    timings = Timings() if measuring() else None
+    settings = (bundle.masks, bundle.patterns, config.backend, other, timings, config.keep_dense)
+    if bundle.checkpoint is None:
+        return bundle.model, swap_linears_(bundle.model, *settings)
+    swapper = Swapper(*settings)
+    swapper.measure({name: bundle.masks.packed(name).shape for name in bundle.masks}, dtype, device)
+    return bundle.live(dtype, device, swapper), swapper.choices
