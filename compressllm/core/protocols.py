@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm.core.pattern import Group, SparsityPattern
+from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import REGISTRY_OF, Registry
 from compressllm.core.stats import InputStats, Need
 
@@ -140,14 +141,14 @@ class Format(Protocol):
 
 
 class Backend(Protocol):
-    """Computes a linear from a packed weight.
+    """Computes a linear from a packed weight, which may be a quantised one: a backend that cannot refuses it.
 
     ``rank`` orders backends by how fast they are where they run; ``auto`` takes the highest that does not refuse.
     """
 
     rank: ClassVar[int]
 
-    def refuses(self, weight: Tensor, pattern: SparsityPattern, wanted: bool = False) -> str | None:
+    def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Why this backend cannot run this weight here, or None if it can.
 
         Args:
@@ -155,12 +156,12 @@ class Backend(Protocol):
         """
         ...
 
-    def pack(self, weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
         """The backend's own in-memory form of an (out, in) weight, zero wherever ``keep`` is False. Never saved."""
         ...
 
     def unpack(self, packed: Mapping[str, Tensor], columns: int) -> Tensor:
-        """The (out, in) weight again, bit for bit; ``columns`` is in."""
+        """The (out, in) weight again, bit for bit; ``columns`` is in. Of a quantised one its codes times scales."""
         ...
 
     def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

@@ -11,24 +11,25 @@ from torch.nn import functional
 
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS
+from compressllm.core.quantized import QuantizedWeight
 
 
 @BACKENDS.register("dense")
 @dataclass(frozen=True)
 class Dense:
-    """The weight itself, zeros and all: runs wherever torch does, saves nothing."""
+    """The weight itself, zeros and all, dequantised: runs wherever torch does, saves nothing."""
 
     rank: ClassVar[int] = 0
 
-    def refuses(self, weight: Tensor, pattern: SparsityPattern, wanted: bool = False) -> str | None:
+    def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse what torch has no plain product for."""
         if weight.dtype.itemsize == 1:
             return f"torch multiplies no activations by a plain {weight.dtype} weight"
         return None
 
-    def pack(self, weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        """The weight."""
-        return {"weight": weight}
+    def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
+        """The weight; a quantised one in the dtype it computes in, which rounds it."""
+        return {"weight": weight.dequantize() if isinstance(weight, QuantizedWeight) else weight}
 
     def unpack(self, packed: Mapping[str, Tensor], columns: int) -> Tensor:
         """The weight."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from compressllm.core.errors import BackendUnavailableError, PatternError, UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
+from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
 from compressllm.kernels.auto import pick
 from compressllm.kernels.measured import Seconds, Timings
@@ -38,7 +39,7 @@ class Choice:
 
 
 def choose_backend(
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     pattern: SparsityPattern,
     wanted: str = AUTO,
     timings: Timings | None = None,
@@ -85,7 +86,7 @@ class SparseLinear(nn.Module):
     load weights before swapping. ``to(device)`` and ``to(dtype)`` work on the packed form.
 
     Args:
-        weight: (out, in), zero wherever ``keep`` is False.
+        weight: (out, in), zero wherever ``keep`` is False; plain or quantised.
         keep: (out, in) bool, True = kept.
         bias: (out,) or None.
         pattern: What the mask obeys.
@@ -100,7 +101,7 @@ class SparseLinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         keep: Tensor,
         bias: nn.Parameter | None,
         pattern: SparsityPattern,
@@ -111,18 +112,21 @@ class SparseLinear(nn.Module):
         if weight.shape != keep.shape:
             raise PatternError(f"mask has shape {tuple(keep.shape)}, its weight {tuple(weight.shape)}")
         keep = keep.to(weight.device)
-        if lost := int(((weight.detach() != 0) & ~keep).count_nonzero()):
+        weight = weight if isinstance(weight, QuantizedWeight) else weight.detach()
+        values = weight.codes if isinstance(weight, QuantizedWeight) else weight
+        if lost := int(((values != 0) & ~keep).count_nonzero()):
             raise PatternError(f"{lost} weights are not zero where the mask prunes; apply the mask first")
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
         self.backend = backend
         self._backend: Backend = build(BACKENDS, backend)
         self._parts: list[str] = []
-        for part, tensor in self._backend.pack(weight.detach(), keep).items():
+        for part, tensor in self._backend.pack(weight, keep).items():
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
         self.dense_from = dense_from
-        self.register_buffer("dense", None if dense_from is None else weight.detach(), persistent=False)
+        dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        self.register_buffer("dense", dense, persistent=False)
         self.register_parameter("bias", bias)
 
     @classmethod

@@ -20,6 +20,7 @@ from compressllm.core.cache import cache_folder
 from compressllm.core.compute import cpu_name
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
+from compressllm.core.quantized import QuantizedWeight, quantize_absmax
 from compressllm.core.registry import build
 from compressllm.core.run import write_json
 from compressllm.kernels.timing import interleaved, rotating, working_set
@@ -53,7 +54,7 @@ class Timings:
     def __init__(self, folder: Path | None = None, say: Callable[[str], object] | None = None) -> None:
         self._folder, self._say = folder or cache_folder() / "timings", say or _to_stderr
 
-    def of(self, weight: Tensor, pattern: SparsityPattern, backends: Sequence[str]) -> Seconds:
+    def of(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, backends: Sequence[str]) -> Seconds:
         """Seconds a call of ``backends`` for weights like this one; measured together unless all are known."""
         path = self._folder / f"{_machine(weight.device)}.json"
         case = _case(weight, pattern)
@@ -67,7 +68,9 @@ class Timings:
         return {name: {int(n): float(s) for n, s in known[name].items()} for name in backends}
 
 
-def measure(weight: Tensor, pattern: SparsityPattern, backends: Sequence[str]) -> dict[str, dict[int, float]]:
+def measure(
+    weight: Tensor | QuantizedWeight, pattern: SparsityPattern, backends: Sequence[str]
+) -> dict[str, dict[int, float]]:
     """Median seconds a call at each of `TOKENS`, on random weights of the same kind, read from memory."""
     device, columns = weight.device, weight.shape[1]
     copies = {name: _copies(build(BACKENDS, name), weight, pattern) for name in backends}
@@ -91,7 +94,7 @@ def _call(backend: Backend, x: Tensor, packed: Any) -> Tensor:
     return backend.linear(x, packed, None)
 
 
-def _copies(backend: Backend, weight: Tensor, pattern: SparsityPattern) -> list[dict[str, Tensor]]:
+def _copies(backend: Backend, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> list[dict[str, Tensor]]:
     """As many packed weights as go past the caches. Packed one by one: a backend chooses the memory they lie in."""
     example, keep = example_like(weight, pattern)
     packed = [backend.pack(_own(example), keep)]
@@ -101,20 +104,25 @@ def _copies(backend: Backend, weight: Tensor, pattern: SparsityPattern) -> list[
     return packed
 
 
-def example_like(weight: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
+def example_like(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> tuple[Tensor | QuantizedWeight, Tensor]:
     """A random weight of the same kind, and its mask."""
     values = torch.randn(weight.shape, device=weight.device)
     keep = pattern.keep(values.abs())
-    return values.masked_fill_(~keep, 0).to(weight.dtype), keep
+    values = values.masked_fill_(~keep, 0).to(weight.dtype)
+    if isinstance(weight, QuantizedWeight):
+        return quantize_absmax(values, keep, weight.bits, weight.group), keep
+    return values, keep
 
 
-def _own(weight: Tensor) -> Tensor:
-    return weight.clone()  # the dense backend keeps the very tensor it is given
+def _own(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+    # The dense backend keeps the very tensor it is given.
+    return weight if isinstance(weight, QuantizedWeight) else weight.clone()
 
 
-def _case(weight: Tensor, pattern: SparsityPattern) -> str:
-    """``4096x14336 bfloat16 2:4``: what a timing depends on besides the machine."""
-    return f"{weight.shape[0]}x{weight.shape[1]} {str(weight.dtype).removeprefix('torch.')} {pattern}"
+def _case(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> str:
+    """``4096x14336 int4/64 bfloat16 2:4``: what a timing depends on besides the machine."""
+    kind = f"int{weight.bits}/{weight.group} " if isinstance(weight, QuantizedWeight) else ""
+    return f"{weight.shape[0]}x{weight.shape[1]} {kind}{str(weight.dtype).removeprefix('torch.')} {pattern}"
 
 
 def _machine(device: torch.device) -> str:
