@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 400
@@ -26,24 +30,32 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call of each took, one value a round; all rounds together last about ``seconds``.
 
-    A round gives each of them one turn, every other round in reverse order. A turn repeats a short call.
+    A turn repeats a short call.
 
     Args:
         calls: Each is called once before, unmeasured.
         least_rounds: Run these whatever time they take.
     """
-    repeats = {}
+    turns = {}
     for name, call in calls.items():
         call()  # compiles, searches, fills caches
-        repeats[name] = max(1, round(_SHORTEST_TURN / max(_turn(call, 1, device), 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+        repeats = max(1, round(_SHORTEST_TURN / max(seconds_of(call, device), 1e-7)))
+        turns[name] = functools.partial(seconds_of, call, device, repeats)
+    return in_rounds(turns, seconds, least_rounds)
+
+
+def in_rounds(
+    turns: Mapping[str, Callable[[], T]], seconds: float, least_rounds: int = _LEAST_ROUNDS
+) -> dict[str, list[T]]:
+    """What each turn returned, one value a round; every other round takes them in reverse order."""
+    found: dict[str, list[T]] = {name: [] for name in turns}
     end = time.perf_counter() + seconds
-    for turn in range(_MOST_ROUNDS):
-        for name in list(calls)[:: 1 if turn % 2 else -1]:
-            times[name].append(_turn(calls[name], repeats[name], device) / repeats[name])
-        if turn + 1 >= least_rounds and time.perf_counter() > end:
+    for done in range(_MOST_ROUNDS):
+        for name in list(turns)[:: 1 if done % 2 else -1]:
+            found[name].append(turns[name]())
+        if done + 1 >= least_rounds and time.perf_counter() > end:
             break
-    return times
+    return found
 
 
 def rotating(call: Callable[[object], object], over: Sequence[object]) -> Callable[[], object]:
@@ -74,13 +86,14 @@ def working_set(device: torch.device) -> int:
     return max(128 << 20, _PAST_CACHES * cache)
 
 
-def _turn(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds a call took, the mean of so many in a row."""
     _wait(device)
     begun = time.perf_counter()
     for _ in range(repeats):
         call()
     _wait(device)
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / repeats
 
 
 def _wait(device: torch.device) -> None:

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "export": {"calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
     "stages": {"prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
-    "cli": {"stages", "prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "bench": {"stages", "eval", "kernels", "models", "core"},
+    "cli": {"bench", "stages", "prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
     "__main__": {"cli"},
 }
 
