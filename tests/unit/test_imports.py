@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"core", "compressllm"},
     "calibration": {"models", "core"},
     "prune": {"calibration", "models", "core"},
-    "export": {"calibration", "models", "core", "compressllm"},
+    "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
     "stages": {"prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
     "bench": {"stages", "eval", "kernels", "models", "core"},
