@@ -8,16 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compressllm.kernels.native.library import library, unavailable
+from compressllm.kernels.native.pages import zeros
 from compressllm.kernels.timing import interleaved
 
 BYTES = 256 << 20
 _SECONDS = 1.0
 
 
-def reading(device: torch.device) -> Callable[[], Tensor]:
+def reading(device: torch.device) -> Callable[[], object]:
     """A call that reads `BYTES` of memory with all threads, and hardly computes."""
-    memory = torch.ones(BYTES // 4, device=device)
-    return functools.partial(torch.sum, memory)
+    if device.type == "cpu" and not unavailable():
+        pages = zeros((BYTES // 8,), torch.int64).fill_(1)
+        return functools.partial(_read, pages)
+    return functools.partial(torch.sum, torch.ones(BYTES // 4, device=device))
+
+
+def _read(pages: Tensor) -> None:
+    library().c.stream_read(pages.data_ptr(), pages.numel())
 
 
 def streaming_read(device: torch.device) -> float:

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli import bench, evaluate, export, generate, inspection, listing, permute, prune, recipe, run, sweep
+from compressllm.cli import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    inspection,
+    kernels,
+    listing,
+    permute,
+    prune,
+    recipe,
+    run,
+    sweep,
+)
 from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
 
@@ -35,6 +48,7 @@ app.command(name="inspect")(inspection.inspect)
 app.command()(inspection.verify)
 app.command(name="list")(listing.list_methods)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(kernels.app, name="kernels")
 
 
 def _print_version(wanted: bool) -> None:

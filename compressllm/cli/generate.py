@@ -20,6 +20,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the decoding step first; pays off for long texts.")] = False,
     dtype: DType = None,
     device: Device = None,
     backend: Backend = None,
@@ -35,7 +36,8 @@ def generate(
     bundle = open_bundle(model)
     config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend, keep_dense=keep_dense))
     live, _ = prepare(bundle, config)
-    made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)
+    sampling = {"temperature": temperature, "seed": seed, "chat": chat, "compiled": compile}
+    made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, **sampling)  # type: ignore[arg-type]
     if as_json:
         print_json({"text": made.text, "tokens": made.tokens, "tokens_per_second": made.tokens_per_second})
         return

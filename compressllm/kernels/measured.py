@@ -108,7 +108,7 @@ def example_like(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> 
     """A random weight of the same kind, and its mask."""
     values = torch.randn(weight.shape, device=weight.device)
     keep = pattern.keep(values.abs())
-    values = values.masked_fill_(~keep, 0).to(weight.dtype)
+    values = values.masked_fill_(~keep, 0).bfloat16().to(weight.dtype)  # some backends hold no more than bfloat16
     if isinstance(weight, QuantizedWeight):
         return quantize_absmax(values, keep, weight.bits, weight.group), keep
     return values, keep

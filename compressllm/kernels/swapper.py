@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressllm.core.pattern import SparsityPattern
-from compressllm.kernels.linear import AUTO, choose_backend, left_as_it_is, made, named
+from compressllm.kernels.linear import AUTO, Choice, choose_backend, left_as_it_is, made, named
 from compressllm.kernels.measured import Timings
 
 
@@ -33,16 +33,24 @@ class Swapper:
         #: Linear name -> what was chosen, of those that were handed in so far and those that no backend can run.
         self.choices = {n: left_as_it_is(n, form, backend) for n, form in (other or {}).items() if n in masks}
 
-    def measure(self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
-        """Have every kind of sparse linear measured, so that it is done before any weight is in memory.
+    def choose_ahead(
+        self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Choice]:
+        """What is chosen for every kind of sparse linear, so that it is measured before any weight is in memory.
 
         Args:
             shapes: Linear name -> (out, in).
+
+        Returns: Kind, ``4096x4096 2:4``, -> the choice for a weight of zeros.
         """
+        choices = {}
         kinds = {(shapes[name], self._patterns[name]) for name in self._masks if name not in self.choices}
         for shape, pattern in sorted(kinds, key=str):
             zeros = torch.zeros(shape, dtype=dtype, device=device)
-            choose_backend(zeros, pattern, self._backend, self._timings, self._keep_dense)
+            kind = f"{shape[0]}x{shape[1]} {pattern}"
+            with named(kind):
+                choices[kind] = choose_backend(zeros, pattern, self._backend, self._timings, self._keep_dense)
+        return choices
 
     def __call__(self, name: str, linear: nn.Linear) -> nn.Module:
         """What is to stand in the place of a linear whose weight has been loaded: itself, if it is not sparse.

@@ -13,6 +13,7 @@ from compressllm.kernels.linear import SparseLinear, choose_backend
 from compressllm.kernels.measured import TOKENS, Timings, example_like, measure, measuring
 
 PATTERN = NM(2, 4)
+pytestmark = pytest.mark.usefixtures("plain_backends")
 
 
 @pytest.fixture
