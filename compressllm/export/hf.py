@@ -7,6 +7,7 @@ model class, directly or through `compressllm.models`.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,15 +89,14 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         return own + self.get_weight_conversions()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # Threads that read ahead would hold the whole file beside what is made of it.
-        self._reads_ahead = os.environ.get(_NO_READING_AHEAD)
-        os.environ[_NO_READING_AHEAD] = "1"
+        # Threads that read ahead would hold the whole file beside what is made of it. A load that fails does not come
+        # to an end here, but this object does.
+        self._allow_reading_ahead = weakref.finalize(self, _set, _NO_READING_AHEAD, os.environ.get(_NO_READING_AHEAD))
+        _set(_NO_READING_AHEAD, "1")
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        os.environ.pop(_NO_READING_AHEAD)
-        if self._reads_ahead is not None:
-            os.environ[_NO_READING_AHEAD] = self._reads_ahead
+        self._allow_reading_ahead()
         self._swaps.install_(model)
         # save_pretrained undoes the conversions noted here. The loaded weights are plain: of ours nothing is undone.
         noted: list[Any] = []
@@ -231,6 +231,13 @@ class UnpackExperts(ConversionOps):  # type: ignore[misc]
             return tensor
 
         return self._format.unpack("expert", read, shape)
+
+
+def _set(variable: str, value: str | None) -> None:
+    """Set an environment variable, or remove it."""
+    os.environ.pop(variable, None)
+    if value is not None:
+        os.environ[variable] = value
 
 
 def _joins_experts(conversion: Any) -> bool:

@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -12,12 +14,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import compressllm
 from compressllm.core.errors import RecipeError
 from compressllm.core.masks import raw
-from compressllm.export.hf import PackedConfig, Swaps
+from compressllm.export.hf import PackedConfig, Swaps, Unpack
 from compressllm.export.writer import export_model
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.loading import load_model
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+
+pytestmark = pytest.mark.usefixtures("plain_backends")
 
 
 @pytest.fixture
@@ -104,7 +108,28 @@ def test_no_dense_copy_is_held_while_it_loads(packed_folder, monkeypatch):
     monkeypatch.setattr(Swaps, "install_", lambda self, model: (most.append(held(model)), install(self, model)))
     AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed", quantization_config=onto("reference"))
     assert most == [14 * 2]  # one element each
-    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("set_before", [None, "0"])
+def test_reading_ahead_is_off_during_a_load_only(packed_folder, monkeypatch, set_before):
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    gc.collect()  # of loads that failed
+    monkeypatch.delenv(variable, raising=False)
+    if set_before:
+        monkeypatch.setenv(variable, set_before)
+    during = []
+    convert = Unpack.convert
+    monkeypatch.setattr(
+        Unpack, "convert", lambda self, *a, **k: (during.append(os.environ[variable]), convert(self, *a, **k))[1]
+    )
+    AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+    assert set(during) == {"1"}
+    assert os.environ.get(variable) == set_before
+    _rewrite(packed_folder / "model.packed.safetensors", lambda t: t.pop("model.layers.0.mlp.up_proj.bitmask"))
+    with contextlib.suppress(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+    gc.collect()
+    assert os.environ.get(variable) == set_before
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
