@@ -24,6 +24,7 @@ from compressllm.stages.environment import PeakMemory, resident_bytes
 from compressllm.stages.evaluate import prepare_linears
 
 _DENSE = "dense"
+_BITS = {"": None, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class ModelBench:
     """What to measure.
 
     Args:
-        backends: Each is held against dense.
+        backends: Each is held against dense. After a colon it may have the bits that sparse linears are rounded to as
+            they are read, to see what that is worth: ``native:int4``.
         batches: Sequences at a time.
         prompt: Tokens of a prompt; random ids, since speed does not depend on them.
         tokens: Tokens decoded in a turn, after the prompt, one at a time.
@@ -72,7 +74,7 @@ def bench_model(bundle: Bundle, bench: ModelBench, config: EvalConfig) -> dict[s
     """
     device = choose_device(config.device)
     names = [_DENSE, *(name for name in bench.backends if name != _DENSE)]
-    loaded = {name: _load(bundle, config.model_copy(update={"backend": name}), device) for name in names}
+    loaded = {name: _load(bundle, config, name, device) for name in names}
     rate = streaming_read(device)
     rows = [row for batch in bench.batches for row in _rows(loaded, batch, bench, device)]
     rate = max(rate, streaming_read(device))
@@ -91,15 +93,25 @@ def bench_model(bundle: Bundle, bench: ModelBench, config: EvalConfig) -> dict[s
     }
 
 
-def _load(bundle: Bundle, config: EvalConfig, device: torch.device) -> _Loaded:
+def backend_of(name: str) -> tuple[str, int | None]:
+    """``native:int4`` -> ``native`` and 4. Raises RecipeError for other bits than 8 and 4."""
+    backend, _, form = name.partition(":")
+    if form not in _BITS:
+        raise RecipeError(f"cannot read {name!r}; after the backend give :int8 or :int4, or nothing")
+    return backend, _BITS[form]
+
+
+def _load(bundle: Bundle, config: EvalConfig, name: str, device: torch.device) -> _Loaded:
+    backend, bits = backend_of(name)
+    config = config.model_copy(update={"backend": backend})
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model, choices = prepare_linears(bundle, config)
+        model, choices = prepare_linears(bundle, config, bits)
         return _Loaded(model, choices, torch.cuda.max_memory_allocated(device) - before)
     before, peak = resident_bytes(), PeakMemory()
-    model, choices = prepare_linears(bundle, config)
+    model, choices = prepare_linears(bundle, config, bits)
     return _Loaded(model, choices, peak.bytes() - before)
 
 

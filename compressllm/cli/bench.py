@@ -24,7 +24,12 @@ def bench(
     layers: Annotated[
         str | None, typer.Option(help="Single linears instead: out x in, as 4096x4096,14336x4096.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Backends to hold against dense, by name or auto.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Backends to hold against dense, by name or auto; with a model also native:int8 and the like."
+        ),
+    ] = "auto",
     batch: Annotated[str, typer.Option(help="Sequences at a time, one or several numbers.")] = "1",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a turn.")] = 32,
@@ -137,14 +142,14 @@ def _bench_model(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    from compressllm.bench.model import ModelBench, bench_model
+    from compressllm.bench.model import ModelBench, backend_of, bench_model
     from compressllm.bench.plot import Bar
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.environment import environment
     from compressllm.stages.recipe import make_config
 
     for name in backends:
-        make_config(EvalConfig, {"backend": name})  # a name that is none is found before the work
+        make_config(EvalConfig, {"backend": backend_of(name)[0]})  # a name that is none is found before the work
     measured = bench_model(open_bundle(model), ModelBench(backends=backends, **options), config)
     rows = measured["rows"]
     if plot:
@@ -180,7 +185,7 @@ def _bench_model(
     for name, chosen in measured["backends"].items():
         linears = ", ".join(f"{count} on {backend}" for backend, count in chosen["linears"].items())
         results.print(f"{name}: {linears or 'no sparse linears'}", soft_wrap=True)
-        _print_refused(chosen["refused"] if name == "auto" else {}, "  ")
+        _print_refused(chosen["refused"] if name.startswith("auto") else {}, "  ")
 
 
 def _print_refused(refused: Mapping[str, str], indent: str) -> None:

@@ -67,8 +67,13 @@ def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[s
     return model, {"linears": dict(Counter(choice.name for choice in choices.values())), "refused": refused}
 
 
-def prepare_linears(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, Mapping[str, Choice]]:
+def prepare_linears(
+    bundle: Bundle, config: EvalConfig, bits: int | None = None
+) -> tuple[PreTrainedModel, Mapping[str, Choice]]:
     """As `prepare`, with what was chosen for each linear.
+
+    Args:
+        bits: Round the weights of sparse linears to 8 or 4 bits as they are read; only of a model in a checkpoint.
 
     A model that is read from a checkpoint is never in memory dense: each linear is packed as soon as it is read.
     """
@@ -77,7 +82,7 @@ def prepare_linears(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel
     settings = _settings(bundle, config)
     if bundle.checkpoint is None:
         return bundle.model, swap_linears_(bundle.model, *settings)
-    swapper = Swapper(*settings)
+    swapper = Swapper(*settings, bits=bits)
     swapper.choose_ahead(_shapes(bundle), dtype, device)
     return bundle.live(dtype, device, swapper), swapper.choices
 

@@ -9,7 +9,6 @@
 
 enum {
     TOKENS_AT_ONCE = 128,          /* whose prepared inputs are held at a time */
-    COLUMNS_AT_ONCE = 256,         /* summed before they are added to what came before: rounding grows with the count */
     ROW_BLOCKS_AT_ONCE = 8,        /* of one task, at most */
     SCRATCH_BYTES = 8 << 20,       /* prepared inputs, at most, where a tile is not larger */
     BYTES_WORTH_THREADS = 1 << 16, /* of weights read; below, waking a thread costs more than it saves */
@@ -104,7 +103,7 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
 static void run_task(const struct job *job, char *y, int64_t tokens, int64_t first, int64_t last) {
     _Alignas(64) float sums[TOKENS_AT_ONCE * ROW_BLOCKS_AT_ONCE * BLOCK_ROWS];
     int64_t stride = (last - first) * BLOCK_ROWS, all = job->column_blocks;
-    int64_t step = COLUMNS_AT_ONCE / job->format->block_columns;
+    int64_t step = job->format->columns_at_once / job->format->block_columns;
     memset(sums, 0, sizeof(float) * tokens * stride);
     /* With few tokens a row block is read from end to end; with many, the row blocks share a part of the inputs. */
     int64_t together = tokens <= TILE_TOKENS ? 1 : last - first;
