@@ -81,8 +81,8 @@ def prepare_linears(
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
     settings = _settings(bundle, config)
     if bundle.checkpoint is None:
-        return bundle.model, swap_linears_(bundle.model, *settings)
-    swapper = Swapper(*settings, bits=bits)
+        return bundle.model, swap_linears_(bundle.model, **settings)
+    swapper = Swapper(**settings, bits=bits)
     swapper.choose_ahead(_shapes(bundle), dtype, device)
     return bundle.live(dtype, device, swapper), swapper.choices
 
@@ -91,13 +91,20 @@ def choices_ahead(bundle: Bundle, config: EvalConfig) -> dict[str, Choice]:
     """What would be chosen for each kind of sparse linear, ``4096x4096 2:4``; no weight is read."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
-    return Swapper(*_settings(bundle, config)).choose_ahead(_shapes(bundle), dtype, device)
+    return Swapper(**_settings(bundle, config)).choose_ahead(_shapes(bundle), dtype, device)
 
 
-def _settings(bundle: Bundle, config: EvalConfig) -> tuple[Any, ...]:
+def _settings(bundle: Bundle, config: EvalConfig) -> dict[str, Any]:
     other = {linear.name: linear.form for linear in held_otherwise(bundle.model).values() if linear.form}
     timings = Timings() if measuring() else None
-    return bundle.masks, bundle.patterns, config.backend, other, timings, config.keep_dense
+    return {
+        "masks": bundle.masks,
+        "patterns": bundle.patterns,
+        "backend": config.backend,
+        "other": other,
+        "timings": timings,
+        "keep_dense": config.keep_dense,
+    }
 
 
 def _shapes(bundle: Bundle) -> dict[str, tuple[int, int]]:
