@@ -28,6 +28,9 @@ def pack_bits(keep: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """(out, ceil(in / 8)) uint8 -> (out, in) bool, the inverse of `pack_bits`."""
+    if bits.device.type == "cpu" and bits.numel():
+        unpacked = np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     keep = (bits.unsqueeze(-1) >> _SHIFTS.to(bits.device)) & 1
     return keep.view(bits.shape[0], -1)[:, :columns].bool()
 

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressllm.core.errors import FormatError
+from compressllm.core.heap import trim_heap
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.registry import build
 from compressllm.export.detect import pattern_of
@@ -146,6 +147,7 @@ class Swaps:
         if made is own:
             return weight
         self._made[name] = made
+        trim_heap()
         return weight.new_empty(1).expand(weight.shape)
 
     def install_(self, model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from compressllm.core.cache import cache_folder
 from compressllm.core.errors import FormatError, UnsupportedModelError
+from compressllm.core.heap import trim_heap
 from compressllm.models.blocks import ENCODER_DECODER
 from compressllm.models.checkpoint import Checkpoint, first_line
 from compressllm.models.experts import expert_weight, place_expert_
@@ -201,7 +202,10 @@ def _swap_if_whole_(root: nn.Module, path: str, swap: Callable[[str, nn.Linear],
     module = root.get_submodule(path)
     if isinstance(module, nn.Linear) and not any(parameter.is_meta for parameter in module.parameters()):
         owner, _, leaf = path.rpartition(".")
-        setattr(root.get_submodule(owner), leaf, swap(path, module))
+        if (other := swap(path, module)) is not module:
+            setattr(root.get_submodule(owner), leaf, other)
+            del module
+            trim_heap()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
