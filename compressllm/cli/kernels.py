@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.table import Table
 
 from compressllm.cli.arguments import AsJson
 from compressllm.cli.output import print_json, results, say
@@ -15,7 +14,7 @@ app = typer.Typer(help="Build the native CPU kernels, or show what runs here.", 
 
 @app.command()
 def build() -> None:
-    """Compile the kernels now rather than on first use. Fails if they cannot be."""
+    """Compile the kernels now rather than on first use, and print where. Fails if they cannot be."""
     from compressllm.kernels.native.library import library
 
     built = library().build
@@ -32,15 +31,13 @@ def info(as_json: AsJson = False) -> None:
     if as_json:
         print_json(facts)
         return
-    table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _text(value))
-    results.print(table, soft_wrap=True)
+        lines = [f"{key}: {one}" for key, one in value.items()] if isinstance(value, dict) else [_text(value)]
+        for label, line in zip([name.replace("_", " "), *[""] * len(lines)], lines, strict=False):
+            results.print(f"{label:<26}{line}", markup=False, soft_wrap=True)
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_text(one)}" for key, one in value.items()) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
     return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

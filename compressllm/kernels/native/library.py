@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from compressllm.kernels.native.build import Build, build, openmp_in_process
 from compressllm.kernels.native.isa import ISAS, isas_here
 
 SWITCH, CHOSEN_ISA = "COMPRESSLLM_NATIVE", "COMPRESSLLM_ISA"
+_BLOCK_ROWS = 16  # as kernel.h has it
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as kernel.h numbers them
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -30,12 +32,14 @@ class Kernel:
         name: Its format's.
         isa: The instruction set it is written for.
         format, tile: Addresses of its ``struct format`` and its ``tile_fn``.
+        block_columns: Columns of a block, of the 16 rows that all formats have.
     """
 
     name: str
     isa: str
     format: int
     tile: int
+    block_columns: int
 
 
 @dataclass(frozen=True)
@@ -80,24 +84,45 @@ class Library:
 
     def _address(self, format: str, isa: str) -> Kernel | None:
         try:
-            found = ctypes.c_char.in_dll(self.c, f"{format}_format"), getattr(self.c, f"{format}_tile_{isa}")
+            # The first field of a struct format is its block_columns.
+            columns, tile = _INTEGER.in_dll(self.c, f"{format}_format"), getattr(self.c, f"{format}_tile_{isa}")
         except (AttributeError, ValueError):
             return None
-        return Kernel(format, isa, ctypes.addressof(found[0]), ctypes.cast(found[1], _POINTER).value or 0)
+        return Kernel(
+            format, isa, ctypes.addressof(columns), ctypes.cast(tile, _POINTER).value or 0, int(columns.value)
+        )
 
     def linear(self, kernel: Kernel, x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        """(..., in) -> (..., rows), in the dtype of ``x``, which is float32 or bfloat16; so must ``bias`` be."""
-        x = x.contiguous()
-        columns = x.shape[-1]
-        y = x.new_empty((*x.shape[:-1], rows))
+        """(..., in) -> (..., rows), in the dtype of ``x``: float32 or bfloat16.
+
+        Args:
+            blocks: (blocks of 16 rows, blocks of the format's columns, ...), contiguous, on the CPU; or (bytes,), of a
+                format whose blocks differ in size.
+
+        Raises: RuntimeError for other dtypes and for shapes that do not fit, as torch does.
+        """
+        *leading, columns = x.shape
+        needed = (-(-rows // _BLOCK_ROWS), -(-columns // kernel.block_columns))
+        if x.dtype not in _TYPES:
+            raise RuntimeError(f"native kernels take float32 and bfloat16 inputs, not {x.dtype}")
+        if (blocks.dim() > 1 and blocks.shape[:2] != needed) or (bias is not None and bias.shape != (rows,)):
+            raise RuntimeError(
+                f"{tuple(x.shape)} inputs and {rows} outputs need {needed} blocks, not {tuple(blocks.shape[:2])}, "
+                f"and a bias of ({rows},)"
+            )
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        y = x.new_empty((*leading, rows))
         failed = self.c.linear(
             kernel.format,
             kernel.tile,
             y.data_ptr(),
             x.data_ptr(),
-            None if bias is None else bias.contiguous().data_ptr(),
+            None if bias is None else bias.data_ptr(),
             blocks.data_ptr(),
-            x.numel() // columns,
+            math.prod(leading),
             rows,
             columns,
             _TYPES[x.dtype],

@@ -31,10 +31,11 @@ def keep(linear) -> torch.Tensor:
     return PATTERN.keep((linear.weight != 0).float())
 
 
-def test_auto_is_dense_today_and_says_why_reference_is_not(linear):
-    choice = choose_backend(linear.weight, PATTERN)
+def test_auto_is_dense_where_nothing_is_faster_and_says_why(linear):
+    choice = choose_backend(linear.weight.float(), PATTERN)
     assert choice.name == "dense"
-    assert choice.refused == {"reference": "decodes the whole weight at every call, which is slower than dense"}
+    assert choice.refused["reference"] == "decodes the whole weight at every call, which is slower than dense"
+    assert choice.refused["native"] == "its weights are torch.bfloat16, not torch.float32"
 
 
 def test_a_backend_asked_for_by_name(linear):
@@ -57,7 +58,7 @@ def test_auto_takes_the_highest_rank_that_does_not_refuse(linear, monkeypatch):
     class Fast(Dense):
         """Pretends."""
 
-        rank = 5
+        rank = 50
 
         def refuses(self, weight, pattern, wanted=False):
             return None if pattern == PATTERN else "2:4 only"

@@ -17,8 +17,7 @@ static void prepare(void *prepared, const void *x, int type, int64_t columns, in
         }
 }
 
-/* 256 columns at once: the rounding of a float32 sum grows with what is in it. */
-const struct format bf16_format = {COLUMNS, WORDS * 4, COLUMNS * 4, 256, prepare};
+const struct format bf16_format = {COLUMNS, WORDS * 4, COLUMNS * 4, 512, prepare};
 
 /* Pair code of a group by the bits of what it keeps. A single kept value comes first or second, as its pair has it. */
 static const uint8_t CODES[16] = {[0] = 0x4, [1] = 0x4, [2] = 0x4, [3] = 0x4, [4] = 0x8, [5] = 0x8,

@@ -38,7 +38,9 @@ typedef void tile_fn(float *sums, int64_t stride, const void *x, const void *blo
 typedef void prepare_fn(void *prepared, const void *x, int type, int64_t columns, int tokens);
 
 /* columns_at_once, a multiple of block_columns: how many one call of a kernel sums, before they are added to what came
- * before. The inputs of many tokens for so many columns should fit into a cache. */
+ * before. The inputs of many tokens for so many columns should fit into a cache.
+ * block_bytes is 0 where blocks differ in size; their int64 offsets [row block][block of columns] are then what
+ * `blocks` starts with. */
 struct format {
     int64_t block_columns, block_bytes, x_bytes, columns_at_once;
     prepare_fn *prepare;

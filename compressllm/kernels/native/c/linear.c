@@ -91,7 +91,8 @@ static void run_tiles(const struct job *job, float *sums, int64_t stride, int64_
                       int64_t count) {
     const struct format *format = job->format;
     int64_t all = job->column_blocks;
-    const char *weights = job->blocks + (block * all + column) * format->block_bytes;
+    int64_t at = block * all + column;
+    const char *weights = job->blocks + (format->block_bytes ? at * format->block_bytes : ((int64_t *)job->blocks)[at]);
     for (int64_t token = 0; token < tokens; token += TILE_TOKENS) {
         int64_t size = least(TILE_TOKENS, tokens - token);
         const char *x = job->prepared + (token * all + column * size) * format->x_bytes;
@@ -115,6 +116,18 @@ static void run_task(const struct job *job, char *y, int64_t tokens, int64_t fir
     finish(job, y, sums, stride, tokens, first * BLOCK_ROWS);
 }
 
+static void prepare_tokens(const struct job *job, char *to, const char *x, int64_t tokens, int64_t columns,
+                           int64_t workers) {
+    int64_t token_bytes = job->format->x_bytes * job->column_blocks, x_bytes = columns * (job->type == FLOAT32 ? 4 : 2);
+    if (tokens <= TILE_TOKENS) job->format->prepare(to, x, job->type, columns, (int)tokens);
+    else {
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
+        for (int64_t token = 0; token < tokens; token += TILE_TOKENS)
+            job->format->prepare(to + token * token_bytes, x + token * x_bytes, job->type, columns,
+                                 (int)least(TILE_TOKENS, tokens - token));
+    }
+}
+
 /* y (tokens, rows) = x (tokens, columns) W^T + bias (rows) or NULL, all contiguous and of `type`.
  * Sums are float32 and rounded once. Returns 0, or 1 if there is no memory for the prepared inputs. */
 int linear(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias, const void *blocks,
@@ -128,19 +141,23 @@ int linear(const struct format *format, tile_fn *tile, void *y, const void *x, c
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};
-    int64_t work = row_blocks * column_blocks * format->block_bytes * (1 + tokens / 4);
+    int64_t block_bytes = format->block_bytes ? format->block_bytes : BLOCK_ROWS * format->block_columns;
+    int64_t work = row_blocks * column_blocks * block_bytes * (1 + tokens / 4);
     int64_t workers = work < BYTES_WORTH_THREADS ? 1 : threads();
     int64_t step = row_blocks / (workers * 4); /* enough tasks to even out what other programs take of a core */
     step = step < 1 ? 1 : least(step, ROW_BLOCKS_AT_ONCE);
     for (int64_t start = 0; start < tokens; start += at_once) {
         int64_t count = least(at_once, tokens - start);
-#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && count > TILE_TOKENS)
-        for (int64_t token = 0; token < count; token += TILE_TOKENS)
-            format->prepare(prepared + token * token_bytes, (const char *)x + (start + token) * columns * size, type,
-                            columns, (int)least(TILE_TOKENS, count - token));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(workers) if (workers > 1)
-        for (int64_t block = 0; block < row_blocks; block += step)
-            run_task(&job, (char *)y + start * rows * size, count, block, least(block + step, row_blocks));
+        char *to = (char *)y + start * rows * size;
+        prepare_tokens(&job, prepared, (const char *)x + start * columns * size, count, columns, workers);
+        if (workers == 1)
+            for (int64_t block = 0; block < row_blocks; block += step)
+                run_task(&job, to, count, block, least(block + step, row_blocks));
+        else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(workers)
+            for (int64_t block = 0; block < row_blocks; block += step)
+                run_task(&job, to, count, block, least(block + step, row_blocks));
+        }
     }
     return 0;
 }

@@ -1,0 +1,103 @@
+import json
+import os
+import shutil
+import stat
+import threading
+
+import pytest
+
+from compressllm.core.errors import BackendUnavailableError
+from compressllm.kernels.native import build as module
+from compressllm.kernels.native.build import build
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A copy of the C sources that a test may change."""
+    copy = shutil.copytree(module.SOURCES, tmp_path / "c")
+    monkeypatch.setattr(module, "SOURCES", copy)
+    return copy
+
+
+def test_is_built_once(cache, monkeypatch):
+    built = build()
+    assert built.library.is_relative_to(cache)
+    assert "scalar" in built.isas
+    assert not list(built.library.parent.glob("*.o"))
+    commands = []
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda command: commands.append(command) or run(command))
+    assert build() == built
+    assert [command[1:] for command in commands] == [["--version"]]
+
+
+def test_a_changed_source_is_built_anew(sources):
+    before = build()
+    (sources / "cpu.c").write_text((sources / "cpu.c").read_text() + "\n")
+    assert build().library != before.library
+
+
+def test_processes_that_build_at_once_share_one(cache):
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(build())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({result.library for result in results}) == 1
+    assert len(results) == 3
+    assert [path.name for path in (cache / "native").iterdir()] == [results[0].library.parent.name]
+
+
+def test_an_instruction_set_the_compiler_does_not_know_is_left_out(sources):
+    isa = module.isas_here()[-1].name
+    victim = next(name for name in ("avx512", "neon", isa) if list(sources.glob(f"*_{name}.c")))
+    for path in sources.glob(f"*_{victim}.c"):
+        path.write_text("#error too old\n")
+    built = build()
+    assert victim not in built.isas
+    assert "too old" in built.skipped[victim]
+    assert "scalar" in built.isas
+
+
+def test_without_openmp_it_says_so(monkeypatch):
+    monkeypatch.setattr(module, "openmp_in_process", lambda: None)
+    built = build()
+    assert built.openmp is None
+    assert built.no_openmp == "torch has loaded none that could be shared"
+
+
+def test_an_openmp_that_does_not_link_is_done_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "openmp_in_process", lambda: str(tmp_path / "libgomp.so.1"))
+    built = build()
+    assert built.openmp is None
+    assert "cannot build the kernels" in built.no_openmp
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(BackendUnavailableError, match="needs a C compiler, found none called no-such-compiler"):
+        build()
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path, cache):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo broken 1.0 && exit\necho x.c: error: no >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(BackendUnavailableError, match=r"cannot build the kernels: x\.c: error: no"):
+        build()
+    assert not list((cache / "native").iterdir())
+
+
+def test_the_record_is_plain_json():
+    built = build()
+    facts = json.loads((built.library.parent / "build.json").read_text())
+    assert facts["library"] == built.library.name
+    assert os.path.basename(facts["compiler"].split(":")[0])
