@@ -5,7 +5,7 @@ OUT    ?= demo-out
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu check format regress bench bench-gpu clean
+.PHONY: demo test test-gpu check format regress bench bench-cpu bench-gpu clean
 
 demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure
 	$(BIN)/compressllm run demo $(OUT)
@@ -39,6 +39,12 @@ regress: $(VENV)/demo.stamp $(VENV)/dev.stamp ## perplexity against the committe
 
 bench: $(VENV)/demo.stamp ## pruning speed and memory; REFERENCE=... adds the authors' code, see benchmarks/README.md
 	$(BIN)/python benchmarks/prune_speed.py $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(REFERENCE_PYTHON),--reference-python $(REFERENCE_PYTHON))
+
+# Into a file of its own first: what was measured before stays if this is interrupted.
+bench-cpu: $(VENV)/install.stamp ## CPU kernels against torch's dense linears, on shapes of Llama 1B and 8B
+	$(BIN)/compressllm bench --device cpu --json --formats bf16,int8,int4 --tokens 1,16,256 --layers \
+	  4096x4096,14336x4096,4096x14336,2048x2048,8192x2048,2048x8192 > benchmarks/results/kernels_cpu.json.new
+	mv benchmarks/results/kernels_cpu.json.new benchmarks/results/kernels_cpu.json
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) $(OUT)

@@ -4,6 +4,7 @@ import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["COMPRESSLLM_MEASURE"] = "0"  # no test depends on how fast this machine is
 
 import multiprocessing
 import pickle
@@ -35,6 +36,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.utils import logging
+
+from compressllm.core.protocols import BACKENDS
 
 torch.set_num_threads(1)  # tiny models run fastest so, and the machine is shared
 logging.set_verbosity_error()
@@ -94,6 +97,14 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         if parameter.dim() == 1:
             parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture
+def plain_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the backends that compute bit for bit what torch does, on any machine."""
+    known = {name: BACKENDS.get(name) for name in ("dense", "reference")}
+    assert set(BACKENDS.names()) >= known.keys()
+    monkeypatch.setattr(BACKENDS, "_entries", known)
 
 
 @pytest.fixture

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli import evaluate, export, generate, inspection, kernels, listing, permute, prune, recipe, run, sweep
+from compressllm.cli import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    inspection,
+    kernels,
+    listing,
+    permute,
+    prune,
+    recipe,
+    run,
+    sweep,
+)
 from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
 
@@ -30,6 +43,7 @@ app.command()(sweep.sweep)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(bench.bench)
 app.command(name="inspect")(inspection.inspect)
 app.command()(inspection.verify)
 app.command(name="list")(listing.list_methods)

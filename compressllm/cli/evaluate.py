@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compressllm.cli.arguments import AsJson, Backend, Data, Device, DType, Model
+from compressllm.cli.arguments import AsJson, Backend, Data, Device, DType, KeepDense, Model
 from compressllm.cli.output import flag, given, print_json, results, say, show, warn
 from compressllm.eval.config import EvalConfig
 
@@ -20,6 +20,7 @@ def evaluate(
     dtype: DType = None,
     device: Device = None,
     backend: Backend = None,
+    keep_dense: KeepDense = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Fail with exit code 1 if perplexity rose over this file's.")
     ] = None,
@@ -38,7 +39,9 @@ def evaluate(
     allowed = parse_increase(max_increase)
     if baseline:
         read_baseline(baseline)  # not after the work
-    flags = given(source=data, seqlen=seqlen, windows=windows, dtype=dtype, device=device, backend=backend)
+    flags = given(
+        source=data, seqlen=seqlen, windows=windows, dtype=dtype, device=device, backend=backend, keep_dense=keep_dense
+    )
     config = make_config(EvalConfig, flags)
     measured: dict[str, Any] = measure(open_bundle(model), config, Run(show=show, on_warning=warn))
     measured = {"model": model, **measured}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compressllm.cli.arguments import AsJson, Backend, Device, DType, Model
+from compressllm.cli.arguments import AsJson, Backend, Device, DType, KeepDense, Model
 from compressllm.cli.output import given, print_json, results, say
 from compressllm.eval.config import EvalConfig
 
@@ -20,9 +20,11 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the decoding step first; pays off for long texts.")] = False,
     dtype: DType = None,
     device: Device = None,
     backend: Backend = None,
+    keep_dense: KeepDense = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -32,9 +34,10 @@ def generate(
     from compressllm.stages.recipe import make_config
 
     bundle = open_bundle(model)
-    config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend))
+    config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend, keep_dense=keep_dense))
     live, _ = prepare(bundle, config)
-    made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)
+    sampling = {"temperature": temperature, "seed": seed, "chat": chat, "compiled": compile}
+    made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, **sampling)  # type: ignore[arg-type]
     if as_json:
         print_json({"text": made.text, "tokens": made.tokens, "tokens_per_second": made.tokens_per_second})
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,9 @@ def pack_bits(keep: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """(out, ceil(in / 8)) uint8 -> (out, in) bool, the inverse of `pack_bits`."""
+    if bits.device.type == "cpu" and bits.numel():
+        unpacked = np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     keep = (bits.unsqueeze(-1) >> _SHIFTS.to(bits.device)) & 1
     return keep.view(bits.shape[0], -1)[:, :columns].bool()
 
@@ -85,14 +88,41 @@ class PackedMask:
         return int((torch.bincount(self.bits.flatten().int(), minlength=256) * counts).sum())
 
 
+@dataclass(frozen=True)
+class StoredMask:
+    """A mask left on disk: in the place of a PackedMask, and read at every access.
+
+    Args:
+        keep: Reads the (out, in) bool mask.
+        shape: The weight's (out, in).
+    """
+
+    keep: Callable[[], Tensor]
+    shape: tuple[int, int]
+
+    @property
+    def bits(self) -> Tensor:
+        """(out, ceil(in / 8)) uint8."""
+        return pack_bits(self.keep())
+
+    @property
+    def columns(self) -> int:
+        """The true number of columns."""
+        return self.shape[1]
+
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return int(self.keep().count_nonzero())
+
+
 class MaskStore(Mapping[str, Tensor]):
     """Linear name -> (out, in) bool keep mask, True = kept; an eighth of a byte a weight in memory.
 
     Iterates in insertion order, which is the model's order.
     """
 
-    def __init__(self, packed: Mapping[str, PackedMask] | None = None) -> None:
-        self._packed = dict(packed or {})
+    def __init__(self, packed: Mapping[str, PackedMask | StoredMask] | None = None) -> None:
+        self._packed: dict[str, PackedMask | StoredMask] = dict(packed or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._packed[name].keep()
@@ -112,13 +142,13 @@ class MaskStore(Mapping[str, Tensor]):
         """A store of its own with the same masks."""
         return MaskStore(self._packed)
 
-    def packed(self, name: str) -> PackedMask:
+    def packed(self, name: str) -> PackedMask | StoredMask:
         """The mask as bits, without unpacking it."""
         return self._packed[name]
 
     def sparsity(self) -> float:
         """Fraction of the masked linears' weights that is removed; 0 for an empty store."""
-        total = sum(m.bits.shape[0] * m.columns for m in self._packed.values())
+        total = sum(m.shape[0] * m.columns for m in self._packed.values())
         kept = sum(m.kept() for m in self._packed.values())
         return 1.0 - kept / total if total else 0.0
 
@@ -127,6 +157,6 @@ class MaskStore(Mapping[str, Tensor]):
         digest = hashlib.sha256()
         for name in sorted(self._packed):
             mask = self._packed[name]
-            digest.update(f"{name} {mask.bits.shape[0]} {mask.columns}\n".encode())
+            digest.update(f"{name} {mask.shape[0]} {mask.columns}\n".encode())
             digest.update(mask.bits.contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -25,3 +25,5 @@ class EvalConfig(Config):
     """Where the model runs."""
     backend: name_in(BACKENDS, "auto") = "auto"  # type: ignore[valid-type]
     """Kernel backend of sparse linears, from `compressllm list backends`, or auto for the fastest."""
+    keep_dense: bool = False
+    """Let auto keep a dense copy of a linear beside its packed form, for prompts, where that is faster."""

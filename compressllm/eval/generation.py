@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressllm.core.errors import FormatError, RecipeError
+from compressllm.eval.decoding import Decoder
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ def generate_text(
     temperature: float | None = None,
     seed: int = 0,
     chat: bool = False,
+    compiled: bool = False,
 ) -> Generated:
     """Continue ``prompt``, greedily unless a temperature is given.
 
     Args:
         chat: Wrap the prompt in the tokenizer's chat template as a user's message.
+        compiled: Decode with a static cache by a compiled step, which takes a minute or so to compile: for long texts.
 
     Raises: FormatError if there is no tokenizer or no chat template; RecipeError for a prompt without tokens.
     """
@@ -53,8 +57,23 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids.to(model.device)
     if not ids.numel():
         raise RecipeError("the prompt holds no token; give some text")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
+    if compiled:
+        new, seconds = _decode(model, ids, max_new_tokens, temperature)
+    else:
+        new, seconds = _generate(model, tokenizer, ids, max_new_tokens, temperature)
+    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), len(new) / seconds)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float | None,
+) -> tuple[Tensor, float]:
+    """The new ids, and seconds."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     begun = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
@@ -64,6 +83,26 @@ def generate_text(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
-    seconds = time.perf_counter() - begun
-    new = out[0, ids.shape[1] :]
-    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), len(new) / seconds)
+    return out[0, ids.shape[1] :], time.perf_counter() - begun
+
+
+def _decode(
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, temperature: float | None
+) -> tuple[Tensor, float]:
+    """The same by a compiled step; compiling is not counted in the seconds."""
+    ends = model.generation_config.eos_token_id
+    stop = set(ends) if isinstance(ends, list) else {ends}
+    decoder = Decoder(model, ids.shape[1] + max_new_tokens, compiled=True)
+    decoder.prefill(ids)
+    decoder.step(ids[:, -1:])  # compiles
+    begun = time.perf_counter()
+    logits, new = decoder.prefill(ids), []
+    while True:
+        if temperature:
+            following = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+        else:
+            following = logits.argmax(-1, keepdim=True)
+        new.append(int(following))
+        if len(new) == max_new_tokens or new[-1] in stop:
+            return torch.tensor(new), time.perf_counter() - begun
+        logits = decoder.step(following)

@@ -1,4 +1,4 @@
-"""Let ``AutoModelForCausalLM.from_pretrained(folder, variant="packed")`` load what we packed.
+"""Let ``AutoModelForCausalLM.from_pretrained(folder, variant="packed")`` load what we packed, onto our kernels.
 
 Importing this module registers it. It runs in the middle of transformers' own import, so nothing here may import a
 model class, directly or through `compressllm.models`.
@@ -6,54 +6,82 @@ model class, directly or through `compressllm.models`.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressllm.core.errors import FormatError
-from compressllm.core.protocols import FORMATS, Format
+from compressllm.core.heap import trim_heap
+from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.registry import build
+from compressllm.export.detect import pattern_of
+from compressllm.kernels.linear import AUTO, PLAIN
+from compressllm.kernels.measured import Timings, measuring
+from compressllm.kernels.swapper import Swapper
 
 QUANT_METHOD = "compressllm"  # the name in config.json under which transformers finds us
+_NO_READING_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # an environment variable of transformers
 
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of a packed checkpoint.
 
+    Given to ``from_pretrained`` as ``quantization_config`` it says how to run what was packed.
+
     Args:
-        format: The name of the format the sparse linears are stored in.
+        format: The name of the format the sparse linears are stored in; the checkpoint's own counts.
+        backend: What runs the sparse linears: a backend's name, ``auto`` for the fastest that was measured on this
+            machine, or ``dense``, which leaves plain modules that can be trained.
+        keep_dense: Let ``auto`` keep a dense copy of a linear for prompts.
     """
 
-    dequantize = True  # the loaded model is a plain one: transformers then drops this config from it
+    dequantize = True  # the loaded model saves as a plain one: transformers then drops this config from it
 
-    def __init__(self, format: str, **other: Any) -> None:
+    def __init__(self, format: str = "packed", backend: str = AUTO, keep_dense: bool = False, **other: Any) -> None:
         self.quant_method = QUANT_METHOD
-        self.format = format
+        self.format, self.backend, self.keep_dense = format, backend, keep_dense
         self.__dict__.update(other)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a config given by the user counts over the checkpoint's."""
+        return {"backend": self.backend, "keep_dense": self.keep_dense}
+
+
+# transformers takes these attributes from the kinds of config that it lists.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ()), PackedConfig)
 
 
 @register_quantizer(QUANT_METHOD)
 class PackedLoader(HfQuantizer):  # type: ignore[misc]
-    """Decodes packed linears while transformers loads them, one at a time; the model keeps its plain modules."""
+    """Brings packed linears into a backend's form while transformers loads them, one at a time."""
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._swaps = Swaps(quantization_config.backend, quantization_config.keep_dense)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to pack at load, and formats this version does not know."""
         if not self.pre_quantized:
             raise ValueError("compressllm packs at export: run `compressllm export MODEL OUT --format packed`")
         build(FORMATS, self.quantization_config.format)
+        if self.quantization_config.backend != AUTO:
+            build(BACKENDS, self.quantization_config.backend)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter: the tensors of a packed linear -> its weight."""
         chosen: Format = build(FORMATS, self.quantization_config.format)
         parts = [_pattern(part) for part in chosen.tensors if part != "weight"]  # that one has its name already
-        return [WeightConverter(parts, ".weight", operations=[Unpack(chosen)])]
+        return [WeightConverter(parts, ".weight", operations=[Unpack(chosen, self._swaps)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The model's own conversions, those that put experts together from packed ones; and ours."""
@@ -61,7 +89,16 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         own = [_of_packed(one, chosen) if _joins_experts(one) else one for one in weight_conversions]
         return own + self.get_weight_conversions()
 
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Threads that read ahead would hold the whole file beside what is made of it. A load that fails does not come
+        # to an end here, but this object does.
+        self._allow_reading_ahead = weakref.finalize(self, _set, _NO_READING_AHEAD, os.environ.get(_NO_READING_AHEAD))
+        _set(_NO_READING_AHEAD, "1")
+        return model
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._allow_reading_ahead()
+        self._swaps.install_(model)
         # save_pretrained undoes the conversions noted here. The loaded weights are plain: of ours nothing is undone.
         noted: list[Any] = []
         for conversion in getattr(model, "_weight_conversions", None) or []:
@@ -80,11 +117,59 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class Unpack(ConversionOps):  # type: ignore[misc]
-    """The tensors of one packed linear -> its weight, in the dtype the model was asked for."""
+class Swaps:
+    """The modules made of packed linears during a load; they take their places when it is over.
 
-    def __init__(self, chosen: Format) -> None:
-        self._format = chosen
+    In between transformers fills every buffer that no checkpoint holds with anything, and theirs are such. A linear
+    that waits has a weight of one element, repeated, so that it passes for loaded.
+
+    Args:
+        backend, keep_dense: As `PackedConfig` has them.
+    """
+
+    def __init__(self, backend: str, keep_dense: bool) -> None:
+        self._backend, self._keep_dense = backend, keep_dense
+        self._made: dict[str, nn.Module] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Swaps:
+        return self  # transformers copies a conversion for every tensor
+
+    def weight(self, name: str, linear: Any, weight: Tensor, keep: Tensor) -> Tensor:
+        """What transformers is to take for the weight of linear ``name``: the weight itself where it stays dense."""
+        if self._backend == PLAIN or not isinstance(linear, nn.Linear):
+            return weight
+        pattern = pattern_of(keep)
+        timings = Timings() if measuring() else None
+        swapper = Swapper({name: keep}, {name: pattern}, self._backend, None, timings, self._keep_dense)
+        own = nn.Linear(1, 1, bias=False, device="meta")
+        own.weight = nn.Parameter(weight, requires_grad=False)
+        made = swapper(name, own)
+        if made is own:
+            return weight
+        self._made[name] = made
+        trim_heap()
+        return weight.new_empty(1).expand(weight.shape)
+
+    def install_(self, model: nn.Module) -> None:
+        """Put them into the places of the linears they were made of, biases included. Changes ``model`` in place."""
+        for name, made in self._made.items():
+            linear: Any = model.get_submodule(name)
+            made.register_parameter("bias", linear.bias)
+            made.train(linear.training)
+            if hook := getattr(linear, "_hf_hook", None):  # of a model that lies on several devices
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(made, hook)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, made)
+        self._made.clear()
+
+
+class Unpack(ConversionOps):  # type: ignore[misc]
+    """The tensors of one packed linear -> its weight, in the dtype the model was asked for, or what stands for it."""
+
+    def __init__(self, chosen: Format, swaps: Swaps) -> None:
+        self._format, self._swaps = chosen, swaps
 
     @torch.no_grad()
     def convert(
@@ -104,8 +189,13 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             return tensors[0]
 
         out, columns = reversed(parameter.shape) if transposed else parameter.shape
-        weight = self._format.unpack(linear, read, (out, columns))
-        return {full_layer_name: (weight.T.contiguous() if transposed else weight).to(parameter.dtype)}
+        weight = self._format.unpack(linear, read, (out, columns)).to(parameter.dtype)
+        if transposed:
+            return {full_layer_name: weight.T.contiguous()}
+        keep = self._format.mask(linear, read, (out, columns))
+        if keep is not None:
+            weight = self._swaps.weight(linear, model.get_submodule(linear), weight, keep)
+        return {full_layer_name: weight}
 
 
 class UnpackExperts(ConversionOps):  # type: ignore[misc]
@@ -143,6 +233,13 @@ class UnpackExperts(ConversionOps):  # type: ignore[misc]
             return tensor
 
         return self._format.unpack("expert", read, shape)
+
+
+def _set(variable: str, value: str | None) -> None:
+    """Set an environment variable, or remove it."""
+    os.environ.pop(variable, None)
+    if value is not None:
+        os.environ[variable] = value
 
 
 def _joins_experts(conversion: Any) -> bool:

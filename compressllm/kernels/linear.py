@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compressllm.core.errors import BackendUnavailableError, PatternError, UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
+from compressllm.kernels.auto import pick
+from compressllm.kernels.measured import Seconds, Timings
 
 AUTO = "auto"
-_PLAIN = "dense"  # the backend that nn.Linear is as it stands
+_ROWS = 1024  # checked at once
+PLAIN = "dense"  # the backend that nn.Linear is as it stands
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,30 @@ class Choice:
 
     Args:
         name: The chosen backend.
-        refused: Backend -> why it did not want this weight; empty if the choice was made by name.
+        refused: Backend -> why it did not want this weight, or lost; empty if the choice was made by name.
+        measured: Backend -> number of tokens -> seconds a call, of those that were held against each other.
+        dense_from: Number of tokens from which a dense copy of the weight is used instead; None keeps none.
     """
 
     name: str
     refused: Mapping[str, str] = field(default_factory=dict)
+    measured: Seconds = field(default_factory=dict)
+    dense_from: int | None = None
 
 
-def choose_backend(weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: str = AUTO) -> Choice:
+def choose_backend(
+    weight: Tensor | QuantizedWeight,
+    pattern: SparsityPattern,
+    wanted: str = AUTO,
+    timings: Timings | None = None,
+    keep_dense: bool = False,
+) -> Choice:
     """The backend for an (out, in) weight, on the device it is on.
 
     Args:
         wanted: A backend's name, or ``auto`` for the fastest that does not refuse.
+        timings: Tells ``auto`` which is the fastest; without, the highest rank is taken for it.
+        keep_dense: Take a backend that is fast at few tokens only, and a dense copy of the weight for many.
 
     Raises: BackendUnavailableError with the reason if the one asked for cannot run here, or with all reasons if none
         can; RecipeError if there is none of that name.
@@ -57,7 +73,11 @@ def choose_backend(weight: Tensor | QuantizedWeight, pattern: SparsityPattern, w
     if not willing:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise BackendUnavailableError(f"no backend wants a {weight.dtype} weight on {weight.device.type}: {reasons}")
-    return Choice(max(willing, key=lambda name: willing[name]), refused)
+    if timings is None or len(willing) == 1:
+        return Choice(max(willing, key=lambda name: willing[name]), refused)
+    measured = timings.of(weight, pattern, list(willing))
+    picked = pick(measured, PLAIN, keep_dense)
+    return Choice(picked.name, {**refused, **picked.lost}, measured, picked.dense_from)
 
 
 class SparseLinear(nn.Module):
@@ -72,11 +92,13 @@ class SparseLinear(nn.Module):
         bias: (out,) or None.
         pattern: What the mask obeys.
         backend: Name of a registered backend.
+        dense_from: Number of tokens from which the dense weight, held as well, is used instead; None holds none.
 
     Raises: PatternError if the mask has another shape or prunes a weight that is not zero; RecipeError.
     """
 
     bias: nn.Parameter | None
+    dense: Tensor | None
 
     def __init__(
         self,
@@ -85,6 +107,7 @@ class SparseLinear(nn.Module):
         bias: nn.Parameter | None,
         pattern: SparsityPattern,
         backend: str,
+        dense_from: int | None = None,
     ) -> None:
         super().__init__()
         if weight.shape != keep.shape:
@@ -92,7 +115,7 @@ class SparseLinear(nn.Module):
         keep = keep.to(weight.device)
         weight = weight if isinstance(weight, QuantizedWeight) else weight.detach()
         values = weight.codes if isinstance(weight, QuantizedWeight) else weight
-        if lost := int(((values != 0) & ~keep).count_nonzero()):
+        if lost := _lost(values, keep):
             raise PatternError(f"{lost} weights are not zero where the mask prunes; apply the mask first")
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
@@ -102,6 +125,9 @@ class SparseLinear(nn.Module):
         for part, tensor in self._backend.pack(weight, keep).items():
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
+        self.dense_from = dense_from
+        dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        self.register_buffer("dense", dense, persistent=False)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -126,6 +152,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.dense is not None and self.dense_from is not None and x.numel() >= self.dense_from * self.in_features:
+            return functional.linear(x, self.dense, self.bias)
         return self._backend.linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
@@ -146,6 +174,8 @@ def swap_linears_(
     patterns: Mapping[str, SparsityPattern],
     backend: str = AUTO,
     other: Mapping[str, str] | None = None,
+    timings: Timings | None = None,
+    keep_dense: bool = False,
 ) -> dict[str, Choice]:
     """Replace a model's sparse linears by SparseLinear. Changes ``model`` in place.
 
@@ -156,6 +186,7 @@ def swap_linears_(
         patterns: Linear name -> what its mask obeys.
         backend: A backend's name, or ``auto``.
         other: Name -> form, of the linears that are no nn.Linear; no backend runs them, and they stay as they are.
+        timings, keep_dense: As `choose_backend` takes them.
 
     Returns: Linear name -> what was chosen, and why others were not.
 
@@ -167,36 +198,50 @@ def swap_linears_(
     choices: dict[str, Choice] = {}
     for name in masks:
         if other and name in other:
-            choices[name] = _left_as_it_is(name, other[name], backend)
+            choices[name] = left_as_it_is(name, other[name], backend)
             continue
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "no module of the model" if linear is None else f"a {type(linear).__name__}"
             raise UnsupportedModelError(f"{name}: has a mask but is {found}; only an nn.Linear can be swapped")
         linears[name] = linear
-        with _named(name):
-            choices[name] = choose_backend(linear.weight, patterns[name], backend)
+        with named(name):
+            choices[name] = choose_backend(linear.weight, patterns[name], backend, timings, keep_dense)
     del modules
     for name, choice in choices.items():
         linear = linears.pop(name, None)  # so that its weight is freed before the next one is packed
-        if choice.name == _PLAIN or linear is None:
+        if linear is None:
             continue
-        with _named(name):
-            sparse = SparseLinear.from_linear(linear, masks[name], patterns[name], choice.name)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, sparse)
+        with named(name):
+            setattr(model.get_submodule(owner), leaf, made(linear, masks[name], patterns[name], choice))
     return choices
 
 
-def _left_as_it_is(name: str, form: str, wanted: str) -> Choice:
+def made(linear: nn.Linear, keep: Tensor, pattern: SparsityPattern, choice: Choice) -> nn.Module:
+    """What computes a linear as chosen: itself, where that is dense."""
+    if choice.name == PLAIN:
+        return linear
+    return SparseLinear(linear.weight, keep, linear.bias, pattern, choice.name, choice.dense_from)
+
+
+def _lost(weight: Tensor, keep: Tensor) -> int:
+    """How many weights are not zero where the mask prunes. A few rows at a time: a head may have 128 thousand."""
+    parts = zip(weight.split(_ROWS), keep.split(_ROWS), strict=True)
+    return sum(int(((values != 0) & ~kept).count_nonzero()) for values, kept in parts)
+
+
+def left_as_it_is(name: str, form: str, wanted: str) -> Choice:
+    """The choice for a linear that is no nn.Linear. Raises BackendUnavailableError if another was asked for."""
     reason = f"is {form}; only an nn.Linear can be swapped"
-    if wanted not in {AUTO, _PLAIN}:
-        raise BackendUnavailableError(f"{name}: backend {wanted}: {reason}; backends that can: {_PLAIN}")
-    return Choice(_PLAIN, {} if wanted == _PLAIN else {n: reason for n in BACKENDS.names() if n != _PLAIN})
+    if wanted not in {AUTO, PLAIN}:
+        raise BackendUnavailableError(f"{name}: backend {wanted}: {reason}; backends that can: {PLAIN}")
+    return Choice(PLAIN, {} if wanted == PLAIN else {n: reason for n in BACKENDS.names() if n != PLAIN})
 
 
 @contextlib.contextmanager
-def _named(linear: str) -> Iterator[None]:
+def named(linear: str) -> Iterator[None]:
+    """Put a linear's name before the errors of the block."""
     try:
         yield
     except (BackendUnavailableError, PatternError) as error:

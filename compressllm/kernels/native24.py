@@ -36,8 +36,8 @@ class Native:
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other dtypes, devices and patterns, and machines without a C compiler."""
-        if not isinstance(weight, QuantizedWeight) and weight.dtype != torch.bfloat16:
-            return f"its weights are torch.bfloat16 or quantised, not {weight.dtype}"
+        if not isinstance(weight, QuantizedWeight) and not _held_by_bfloat16(weight):
+            return f"its weights are torch.bfloat16 or quantised, not {weight.dtype} of more digits"
         if weight.device.type != "cpu":
             return f"runs on CPUs, not on {weight.device.type}"
         if not _within_2_of_4(pattern):
@@ -50,7 +50,10 @@ class Native:
 
     def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
         """``blocks``, see `native.bf16.pack` and `native.integer.pack`; ``like`` (out, 0): the rows and the dtype."""
-        blocks = integer.pack(weight, keep) if isinstance(weight, QuantizedWeight) else bf16.pack(weight, keep)
+        if isinstance(weight, QuantizedWeight):
+            blocks = integer.pack(weight, keep)
+        else:
+            blocks = bf16.pack(weight.bfloat16(), keep)
         return {"blocks": blocks, "like": torch.empty(weight.shape[0], 0, dtype=weight.dtype)}
 
     def unpack(self, packed: Mapping[str, Tensor], columns: int) -> Tensor:
@@ -86,6 +89,13 @@ class NativeExact(Native):
 
 def _quantized(packed: Mapping[str, Tensor]) -> bool:
     return packed["blocks"].dtype == torch.uint8
+
+
+def _held_by_bfloat16(weight: Tensor) -> bool:
+    """Whether it is bfloat16, or float32 with no other values, as a weight has that was stored in bfloat16."""
+    if weight.dtype == torch.float32:
+        return torch.equal(weight, weight.bfloat16().float())
+    return weight.dtype == torch.bfloat16
 
 
 def _within_2_of_4(pattern: SparsityPattern) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressllm.core.errors import FormatError
@@ -34,9 +35,18 @@ class Bundle:
     patterns: Mapping[str, SparsityPattern] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
 
-    def live(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
-        """The whole model in memory; the bundle's own if it holds its weights itself."""
-        return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device)
+    def live(
+        self,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        swap: Callable[[str, nn.Linear], nn.Module] = lambda name, linear: linear,
+    ) -> PreTrainedModel:
+        """The whole model in memory; the bundle's own if it holds its weights itself.
+
+        Args:
+            swap: As `load_model` takes it; not called for the bundle's own model.
+        """
+        return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device, swap)
 
     @property
     def max_seqlen(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from compressllm.core.errors import FormatError, UnsupportedModelError
-from compressllm.core.masks import MaskStore, PackedMask
+from compressllm.core.masks import MaskStore, PackedMask, StoredMask
 from compressllm.core.protocols import FORMATS
 from compressllm.core.registry import build
 from compressllm.models.facts import FILE_NAME, Facts, read_facts
@@ -104,13 +105,10 @@ class Checkpoint:
         return self._packed_mask(linear).keep()
 
     def masks(self) -> MaskStore:
-        """All stored masks, in the model's order."""
+        """All stored masks, in the model's order; those of packed linears stay on disk until they are asked for."""
         if self._packed:
-            store = MaskStore()
-            for linear in self._packed:
-                if (keep := self.mask(linear)) is not None:
-                    store[linear] = keep
-            return store
+            keep = {name: functools.partial(self._packed_keep, name) for name in self._packed}
+            return MaskStore({name: StoredMask(keep[name], facts.shape) for name, facts in self._packed.items()})
         names = [] if self._masks is None else [n for n in self._linear_names() if n in self._masks.specs]
         return MaskStore({name: self._packed_mask(name) for name in names})
 
@@ -125,6 +123,11 @@ class Checkpoint:
             config = json.loads((to / "config.json").read_text())
             config.pop("quantization_config", None)  # it says packed, and what is written beside it need not be
             (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _packed_keep(self, linear: str) -> Tensor:
+        if (keep := self.mask(linear)) is None:
+            raise FormatError(f"{self.folder}: holds no mask of {linear}; export the model again")
+        return keep
 
     def _linear_names(self) -> list[str]:
         return list(self.facts.linears) if self.facts else sorted(self._masks.specs) if self._masks else []
@@ -144,7 +147,7 @@ class Checkpoint:
         return PackedMask(bits, columns)
 
 
-def write_masks(path: Path, masks: MaskStore | Mapping[str, PackedMask]) -> None:
+def write_masks(path: Path, masks: MaskStore | Mapping[str, PackedMask | StoredMask]) -> None:
     """Write masks as ``name -> (out, ceil(in / 8)) uint8``, lowest bit first."""
     packed = {name: masks.packed(name) if isinstance(masks, MaskStore) else masks[name] for name in masks}
     writer = TensorFileWriter(path, {name: TensorSpec(m.bits.dtype, tuple(m.bits.shape)) for name, m in packed.items()})

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from compressllm.core.cache import cache_folder
 from compressllm.core.errors import FormatError, UnsupportedModelError
+from compressllm.core.heap import trim_heap
 from compressllm.models.blocks import ENCODER_DECODER
 from compressllm.models.checkpoint import Checkpoint, first_line
 from compressllm.models.experts import expert_weight, place_expert_
@@ -152,27 +153,33 @@ def _current_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
 
 
 def load_model(
-    model: str | Path | Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    model: str | Path | Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    swap: Callable[[str, nn.Linear], nn.Module] = lambda name, linear: linear,
 ) -> PreTrainedModel:
     """The whole model in memory, in eval mode.
 
     Args:
         model: Anything `resolve_model` takes, or an open checkpoint.
         dtype: Dtype of the weights; None keeps the checkpoint's.
+        swap: Given each linear as soon as its tensors are in place, returns what stands there from then on; so a model
+            takes another form while it is loaded, and is never in memory as a whole in its first.
 
     Raises: FormatError, UnsupportedModelError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(resolve_model(str(model)))
     built = skeleton(checkpoint, dtype)
-    special, placed = held_otherwise(built), set()
+    special, missing = held_otherwise(built), set(built.state_dict())
     for name, stored in tensor_names(built, checkpoint).items():
         linear = special.get(name)
         if linear is not None and linear.expert is not None:
             place_expert_(linear, checkpoint.read(stored), dtype, device)
         else:
             place_(built, name, checkpoint.read(stored), dtype, device)
-        placed.add(linear.parameter if linear else name)
-    built.tie_weights(missing_keys=built.state_dict().keys() - placed)  # not what is stored twice and differs
+            _swap_if_whole_(built, name.rpartition(".")[0], swap)
+        missing.discard(linear.parameter if linear else name)
+    built.tie_weights(missing_keys=missing)  # not what is stored twice and differs
     built.to(device)  # buffers that are not stored
     _load_generation_config(built, checkpoint)
     return built
@@ -189,6 +196,16 @@ def place_(
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[leaf] = value
+
+
+def _swap_if_whole_(root: nn.Module, path: str, swap: Callable[[str, nn.Linear], nn.Module]) -> None:
+    module = root.get_submodule(path)
+    if isinstance(module, nn.Linear) and not any(parameter.is_meta for parameter in module.parameters()):
+        owner, _, leaf = path.rpartition(".")
+        if (other := swap(path, module)) is not module:
+            setattr(root.get_submodule(owner), leaf, other)
+            del module
+            trim_heap()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:

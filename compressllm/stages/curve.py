@@ -7,32 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
+from compressllm.stages.svg import STYLE, line, text
+
 _WIDTH, _HEIGHT = 720, 456
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 76, 60  # margins
 _STEPS: Final = ((1, 10), (1, 3, 10), (1, 2, 5, 10), (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
 
 # How far above the dense loss the axis goes, in nats; ruined models beyond it are drawn at its end.
 _REACH: Final = 12.0
-
-_STYLE: Final = """
-  svg { --ink: #1f2328; --faint: #d0d7de; --page: #ffffff; --line: #0969da; --mark: #bc4c00; --other: #8250df; }
-  @media (prefers-color-scheme: dark) {
-    svg { --ink: #e6edf3; --faint: #3d444d; --page: #0d1117; --line: #58a6ff; --mark: #f0883e; --other: #bc8cff; }
-  }
-  text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-  .title { font-size: 15px; font-weight: 600; }
-  .small { font-size: 11px; }
-  .page { fill: var(--page); }
-  .grid { stroke: var(--faint); stroke-width: 1; }
-  .axis { stroke: var(--ink); stroke-width: 1; }
-  .curve { fill: none; stroke: var(--line); stroke-width: 2; }
-  .point { fill: var(--line); }
-  .other { fill: var(--other); }
-  .dense { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 5 4; }
-  .knee { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 3 3; }
-  .ring { fill: none; stroke: var(--mark); stroke-width: 2; }
-  .marked { fill: var(--mark); }
-"""
 
 
 def sweep_svg(points: Sequence[Mapping[str, Any]], knee: Mapping[str, Any], title: str) -> str:
@@ -60,23 +42,23 @@ def sweep_svg(points: Sequence[Mapping[str, Any]], knee: Mapping[str, Any], titl
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
         f"<title>{escape(title)}</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}"/>',
         f'<text class="title" x="{_LEFT}" y="24">{escape(title)}</text>',
     ]
     for value in _ticks(low, high):
         at = y(math.log(value))
-        parts += [_line("grid", _LEFT, at, _WIDTH - _RIGHT, at), _text(_LEFT - 8, at + 4, f"{value:g}", "end")]
+        parts += [line("grid", _LEFT, at, _WIDTH - _RIGHT, at), text(_LEFT - 8, at + 4, f"{value:g}", "end")]
     for tenth in range(math.floor(right * 10 + 1e-9) + 1):
         at = x(tenth / 10)
-        parts += [_line("axis", at, base, at, base + 5), _text(at, base + 20, f"{tenth * 10} %", "middle")]
+        parts += [line("axis", at, base, at, base + 5), text(at, base + 20, f"{tenth * 10} %", "middle")]
     parts += [
-        _line("axis", _LEFT, base, _WIDTH - _RIGHT, base),
-        _line("axis", _LEFT, _TOP, _LEFT, base),
-        _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "weights removed from the prunable linears", "middle"),
+        line("axis", _LEFT, base, _WIDTH - _RIGHT, base),
+        line("axis", _LEFT, _TOP, _LEFT, base),
+        text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "weights removed from the prunable linears", "middle"),
         f'<text transform="translate(18 {(_TOP + base) / 2}) rotate(-90)" text-anchor="middle">perplexity (log)</text>',
-        _line("dense", _LEFT, y(losses[0]), _WIDTH - _RIGHT, y(losses[0])),
-        _text(_WIDTH - _RIGHT - 4, y(losses[0]) + 15, "dense", "end", "small"),
+        line("dense", _LEFT, y(losses[0]), _WIDTH - _RIGHT, y(losses[0])),
+        text(_WIDTH - _RIGHT - 4, y(losses[0]) + 15, "dense", "end", "small"),
     ]
     curve = sorted((point["sparsity"], point["nll"]) for point in points if ":" not in point["pattern"])
     parts.append(f'<polyline class="curve" points="{" ".join(f"{x(s)},{y(loss)}" for s, loss in curve)}"/>')
@@ -85,7 +67,7 @@ def sweep_svg(points: Sequence[Mapping[str, Any]], knee: Mapping[str, Any], titl
         label = escape(f"{point['pattern']}: perplexity {_perplexity(point['nll'])}")
         if ":" in point["pattern"]:
             parts.append(f'<path class="other" d="M{across} {down - 6}l6 6l-6 6l-6 -6z"><title>{label}</title></path>')
-            parts.append(_text(across - 9, down + 4, point["pattern"], "end", "small"))
+            parts.append(text(across - 9, down + 4, point["pattern"], "end", "small"))
         else:
             parts.append(f'<circle class="point" cx="{across}" cy="{down}" r="3.5"><title>{label}</title></circle>')
     return "\n".join([*parts, *_knees(knee, x, y, base), "</svg>", ""])
@@ -103,9 +85,9 @@ def _knees(knee: Mapping[str, Any], x: Any, y: Any, base: float) -> list[str]:
         side = "end" if at > _WIDTH / 2 else "start"
         shift = -4 if side == "end" else 4
         parts += [
-            _line("knee", at, top - 8, at, base),
+            line("knee", at, top - 8, at, base),
             f'<circle class="ring" cx="{at}" cy="{y(loss)}" r="7"/>',
-            _text(at + shift, top, f"{100 * sparsity:.3g} %: knee by {', '.join(kinds)}", side, "small marked"),
+            text(at + shift, top, f"{100 * sparsity:.3g} %: knee by {', '.join(kinds)}", side, "small marked"),
         ]
     return parts
 
@@ -126,15 +108,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.4g}" if loss < 700 else f"e^{loss:.0f}"
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _rounded(value: float) -> float:

@@ -58,6 +58,13 @@ class PeakMemory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def _git_commit() -> str | None:
     """Commit of the checkout the package runs from, with ``-dirty`` if it was changed; None if installed."""
     folder = Path(compressllm.__file__).resolve().parent.parent

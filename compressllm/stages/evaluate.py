@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +13,9 @@ from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
-from compressllm.kernels.linear import swap_linears_
+from compressllm.kernels.linear import Choice, swap_linears_
+from compressllm.kernels.measured import Timings, measuring
+from compressllm.kernels.swapper import Swapper
 from compressllm.models.bundle import Bundle
 from compressllm.models.linears import held_otherwise
 
@@ -59,9 +62,50 @@ def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[s
 
     Raises: BackendUnavailableError if a backend asked for by name cannot run a linear.
     """
-    device = choose_device(config.device)
-    model = bundle.live(choose_dtype(config.dtype, bundle.stored_dtype, device), device)
-    other = {linear.name: linear.form for linear in held_otherwise(model).values() if linear.form}
-    choices = swap_linears_(model, bundle.masks, bundle.patterns, config.backend, other)
+    model, choices = prepare_linears(bundle, config)
     refused = {name: reason for choice in choices.values() for name, reason in choice.refused.items()}
     return model, {"linears": dict(Counter(choice.name for choice in choices.values())), "refused": refused}
+
+
+def prepare_linears(
+    bundle: Bundle, config: EvalConfig, bits: int | None = None
+) -> tuple[PreTrainedModel, Mapping[str, Choice]]:
+    """As `prepare`, with what was chosen for each linear.
+
+    Args:
+        bits: Round the weights of sparse linears to 8 or 4 bits as they are read; only of a model in a checkpoint.
+
+    A model that is read from a checkpoint is never in memory dense: each linear is packed as soon as it is read.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
+    settings = _settings(bundle, config)
+    if bundle.checkpoint is None:
+        return bundle.model, swap_linears_(bundle.model, **settings)
+    swapper = Swapper(**settings, bits=bits)
+    swapper.choose_ahead(_shapes(bundle), dtype, device)
+    return bundle.live(dtype, device, swapper), swapper.choices
+
+
+def choices_ahead(bundle: Bundle, config: EvalConfig) -> dict[str, Choice]:
+    """What would be chosen for each kind of sparse linear, ``4096x4096 2:4``; no weight is read."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
+    return Swapper(**_settings(bundle, config)).choose_ahead(_shapes(bundle), dtype, device)
+
+
+def _settings(bundle: Bundle, config: EvalConfig) -> dict[str, Any]:
+    other = {linear.name: linear.form for linear in held_otherwise(bundle.model).values() if linear.form}
+    timings = Timings() if measuring() else None
+    return {
+        "masks": bundle.masks,
+        "patterns": bundle.patterns,
+        "backend": config.backend,
+        "other": other,
+        "timings": timings,
+        "keep_dense": config.keep_dense,
+    }
+
+
+def _shapes(bundle: Bundle) -> dict[str, tuple[int, int]]:
+    return {name: bundle.masks.packed(name).shape for name in bundle.masks}

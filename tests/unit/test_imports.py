@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "models": {"core", "compressllm"},
     "calibration": {"models", "core"},
     "prune": {"calibration", "models", "core"},
-    "export": {"calibration", "models", "core", "compressllm"},
+    "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
     "stages": {"prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
-    "cli": {"stages", "prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "bench": {"stages", "eval", "kernels", "models", "core"},
+    "cli": {"bench", "stages", "prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
     "__main__": {"cli"},
 }
 

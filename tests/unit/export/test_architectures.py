@@ -25,6 +25,8 @@ from compressllm.stages.evaluate import prepare
 
 FORMS = pytest.mark.parametrize("decoder", ["llama", "gpt2", "mixtral", "qwen2moe"], indirect=True)
 
+pytestmark = pytest.mark.usefixtures("plain_backends")
+
 
 @pytest.fixture
 def pruned(decoder: PreTrainedModel, windows: Tensor, tmp_path: Path) -> Checkpoint:

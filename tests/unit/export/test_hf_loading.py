@@ -1,4 +1,7 @@
+import contextlib
+import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import compressllm
 from compressllm.core.errors import RecipeError
 from compressllm.core.masks import raw
-from compressllm.export.hf import PackedConfig
+from compressllm.export.hf import PackedConfig, Swaps, Unpack
 from compressllm.export.writer import export_model
+from compressllm.kernels.linear import SparseLinear
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.loading import load_model
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+
+pytestmark = pytest.mark.usefixtures("plain_backends")
 
 
 @pytest.fixture
@@ -59,6 +65,77 @@ def test_our_own_loader_agrees(packed_folder, sparse_model):
     model = load_model(packed_folder)
     assert_is(model, sparse_model.state_dict())
     assert not hasattr(model.config, "quantization_config")
+
+
+def onto(backend: str) -> PackedConfig:
+    return PackedConfig(backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"device_map": "cpu"}], ids=str)
+def test_loads_onto_a_backend(packed_folder, sparse_model, options):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        packed_folder, variant="packed", quantization_config=onto("reference"), output_loading_info=True, **options
+    )
+    assert not any(info.values())
+    linears = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    assert len(linears) == 14
+    assert {m.backend for m in linears} == {"reference"}
+    assert_is(model, sparse_model.state_dict(), options.get("dtype", torch.bfloat16))
+    assert not any(m.bias is None or m.bias.is_meta for m in linears if m.out_features == 32 and m.in_features == 32)
+    wanted = options.get("dtype", torch.bfloat16)
+    ids, generating = torch.tensor([[1, 5, 9]]), {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for cache in (None, "static"):
+        ours = model.generate(ids, cache_implementation=cache, **generating)
+        assert torch.equal(ours, sparse_model.to(wanted).generate(ids, **generating))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_model_on_a_backend_saves_as_a_plain_one(packed_folder, sparse_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed", quantization_config=onto("reference"))
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert_is(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), sparse_model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_no_dense_copy_is_held_while_it_loads(packed_folder, monkeypatch):
+    def held(model) -> int:
+        return sum(p.untyped_storage().nbytes() for n, p in model.named_parameters() if "_proj.weight" in n)
+
+    most = []
+    install = Swaps.install_
+    monkeypatch.setattr(Swaps, "install_", lambda self, model: (most.append(held(model)), install(self, model)))
+    AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed", quantization_config=onto("reference"))
+    assert most == [14 * 2]  # one element each
+
+
+@pytest.mark.parametrize("set_before", [None, "0"])
+def test_reading_ahead_is_off_during_a_load_only(packed_folder, monkeypatch, set_before):
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    gc.collect()  # of loads that failed
+    monkeypatch.delenv(variable, raising=False)
+    if set_before:
+        monkeypatch.setenv(variable, set_before)
+    during = []
+    convert = Unpack.convert
+    monkeypatch.setattr(
+        Unpack, "convert", lambda self, *a, **k: (during.append(os.environ[variable]), convert(self, *a, **k))[1]
+    )
+    AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+    assert set(during) == {"1"}
+    assert os.environ.get(variable) == set_before
+    _rewrite(packed_folder / "model.packed.safetensors", lambda t: t.pop("model.layers.0.mlp.up_proj.bitmask"))
+    with contextlib.suppress(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed")
+    gc.collect()
+    assert os.environ.get(variable) == set_before
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_backend_that_is_unknown_is_an_error(packed_folder):
+    with pytest.raises(RecipeError, match="did you mean 'reference'"):
+        AutoModelForCausalLM.from_pretrained(packed_folder, variant="packed", quantization_config=onto("referense"))
 
 
 def test_the_base_model_alone(packed_folder, sparse_model):

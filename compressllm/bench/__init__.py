@@ -1,0 +1,1 @@
+"""How fast sparse linears and models are, against dense ones, on this machine."""
