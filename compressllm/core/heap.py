@@ -18,6 +18,6 @@ def trim_heap() -> None:
 @functools.cache
 def _trim() -> Callable[[int], object]:
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library, another system
         return lambda pad: None

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -227,7 +228,7 @@ def made(linear: nn.Linear, keep: Tensor, pattern: SparsityPattern, choice: Choi
 
 def _lost(weight: Tensor, keep: Tensor) -> int:
     """How many weights are not zero where the mask prunes. A few rows at a time: a head may have 128 thousand."""
-    parts = zip(weight.split(_ROWS), keep.split(_ROWS), strict=True)
+    parts = zip(torch.split(weight, _ROWS), torch.split(keep, _ROWS), strict=True)
     return sum(int(((values != 0) & ~kept).count_nonzero()) for values, kept in parts)
 
 
