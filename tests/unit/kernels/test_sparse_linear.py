@@ -15,7 +15,6 @@ from compressllm.kernels.reference import Reference
 from compressllm.models.blocks import all_linears
 
 PATTERN = NM(2, 4)
-pytestmark = pytest.mark.usefixtures("plain_backends")
 
 
 @pytest.fixture
