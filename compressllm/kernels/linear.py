@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -227,8 +228,8 @@ def made(linear: nn.Linear, keep: Tensor, pattern: SparsityPattern, choice: Choi
 
 def _lost(weight: Tensor, keep: Tensor) -> int:
     """How many weights are not zero where the mask prunes. A few rows at a time: a head may have 128 thousand."""
-    parts = (slice(at, at + _ROWS) for at in range(0, len(weight), _ROWS))
-    return sum(int(((weight[part] != 0) & ~keep[part]).count_nonzero()) for part in parts)
+    parts = zip(torch.split(weight, _ROWS), torch.split(keep, _ROWS), strict=True)
+    return sum(int(((values != 0) & ~kept).count_nonzero()) for values, kept in parts)
 
 
 def left_as_it_is(name: str, form: str, wanted: str) -> Choice:

@@ -9,7 +9,7 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #define INLINE static inline __attribute__((always_inline))
-enum { PIECE = 512 }; /* outputs of one task of active_columns: their sums stay in the first cache */
+enum { PIECE = 1024 }; /* outputs of one task of active_columns: their sums stay in the first cache */
 
 INLINE vec load(const void *weights, int64_t at, const int type) {
     if (type == FLOAT32) return *(const vec *)((const float *)weights + at);

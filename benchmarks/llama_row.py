@@ -1,6 +1,6 @@
 """Decoding speed of llama.cpp on a GGUF file, the row that whole-model numbers are held against.
 
-    ENV/bin/python benchmarks/llama_cpp.py SmolLM2-135M-Instruct.Q4_1.gguf
+    ENV/bin/python benchmarks/llama_row.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 ENV is an environment of its own with llama-cpp-python. A short prompt, then one token at a time, greedily; the median
 of the runs.
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"{path.name}: {rows[-1]['tokens_per_second']:.1f} tokens/s")
     record = {
         "what": "decoding one token at a time with llama.cpp",
-        "command": "ENV/bin/python benchmarks/llama_cpp.py " + " ".join(path.name for path in options.gguf),
+        "command": "ENV/bin/python benchmarks/llama_row.py " + " ".join(path.name for path in options.gguf),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "llama_cpp_python": version("llama-cpp-python"),
         "machine": platform.platform(),
