@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import stat
 import threading
 
@@ -17,12 +16,16 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def sources(tmp_path, monkeypatch):
-    """A copy of the C sources that a test may change."""
-    copy = shutil.copytree(module.SOURCES, tmp_path / "c")
-    monkeypatch.setattr(module, "SOURCES", copy)
-    return copy
+    """Sources that compile at once; a test may change them. `test_library.py` builds the real ones."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "cpu.c").write_text("int cpu(void) { return 1; }\n")
+    for isa in module.ISAS:
+        (folder / f"format_{isa.name}.c").write_text(f"int format_tile_{isa.name}(void) {{ return 1; }}\n")
+    monkeypatch.setattr(module, "SOURCES", folder)
+    return folder
 
 
 def test_is_built_once(cache, monkeypatch):
