@@ -34,7 +34,7 @@ def test_auto_is_dense_where_nothing_is_faster_and_says_why(linear):
     choice = choose_backend(linear.weight.float(), PATTERN)
     assert choice.name == "dense"
     assert choice.refused["reference"] == "decodes the whole weight at every call, which is slower than dense"
-    assert choice.refused["native"] == "its weights are torch.bfloat16, not torch.float32"
+    assert choice.refused["native"] == "its weights are torch.bfloat16 or quantised, not torch.float32"
 
 
 def test_a_backend_asked_for_by_name(linear):
@@ -64,7 +64,7 @@ def test_auto_takes_the_highest_rank_that_does_not_refuse(linear, monkeypatch):
 
     monkeypatch.setitem(BACKENDS._entries, "fast", Fast)
     assert choose_backend(linear.weight, PATTERN).name == "fast"
-    other = choose_backend(linear.weight, NM(4, 8))
+    other = choose_backend(linear.weight.float(), NM(4, 8))
     assert other.name == "dense"
     assert other.refused["fast"] == "2:4 only"
 
