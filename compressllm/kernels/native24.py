@@ -37,7 +37,8 @@ class Native:
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other dtypes, devices and patterns, and machines without a C compiler."""
         if not isinstance(weight, QuantizedWeight) and not _held_by_bfloat16(weight):
-            return f"its weights are torch.bfloat16 or quantised, not {weight.dtype} of more digits"
+            more = " of more digits" if weight.dtype == torch.float32 else ""
+            return f"its weights are torch.bfloat16 or quantised, not {weight.dtype}{more}"
         if weight.device.type != "cpu":
             return f"runs on CPUs, not on {weight.device.type}"
         if not _within_2_of_4(pattern):

@@ -28,7 +28,7 @@ class NativeBitmask:
     outputs of all rows, as in a dense product; without vector instructions, of those that keep its column.
     """
 
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = -1  # expanding takes as long as the bytes it saves, so far: only a measurement chooses it
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other dtypes and devices, machines without a C compiler, and unless asked for what is too dense."""
@@ -38,7 +38,7 @@ class NativeBitmask:
         if weight.device.type != "cpu":
             return f"runs on CPUs, not on {weight.device.type}"
         if not wanted and pattern.sparsity < _PAYS_FROM:
-            return f"is faster than dense from a sparsity of {_PAYS_FROM} on, not at {pattern}"
+            return f"saves bytes worth the work from a sparsity of {_PAYS_FROM} on, not at {pattern}"
         return unavailable()
 
     def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:

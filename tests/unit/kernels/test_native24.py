@@ -27,7 +27,7 @@ def compiler():
 @pytest.mark.parametrize(
     ("weight", "pattern", "reason"),
     [
-        (WEIGHT.half(), PATTERN, "its weights are torch.bfloat16, not torch.float16"),
+        (WEIGHT.half(), PATTERN, "its weights are torch.bfloat16 or quantised, not torch.float16"),
         (WEIGHT.to("meta"), PATTERN, "runs on CPUs, not on meta"),
         (WEIGHT, NM(4, 8), "runs what 2:4 can hold, not 4:8"),
         (WEIGHT, Unstructured(0.5), "runs what 2:4 can hold, not 0.5"),

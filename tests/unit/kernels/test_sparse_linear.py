@@ -31,10 +31,10 @@ def keep(linear) -> torch.Tensor:
 
 
 def test_auto_is_dense_where_nothing_is_faster_and_says_why(linear):
-    choice = choose_backend(linear.weight.float(), PATTERN)
+    choice = choose_backend(linear.weight.float() / 3, PATTERN)
     assert choice.name == "dense"
     assert choice.refused["reference"] == "decodes the whole weight at every call, which is slower than dense"
-    assert choice.refused["native"] == "its weights are torch.bfloat16 or quantised, not torch.float32"
+    assert choice.refused["native"] == "its weights are torch.bfloat16 or quantised, not torch.float32 of more digits"
 
 
 def test_a_backend_asked_for_by_name(linear):
@@ -48,7 +48,7 @@ def test_a_refusal_gives_the_reason_and_a_way_out():
     with pytest.raises(BackendUnavailableError, match=r"backend dense: .*torch.int8.*backends that can: reference"):
         choose_backend(weight, PATTERN, "dense")
     with pytest.raises(
-        BackendUnavailableError, match=r"no backend wants a torch.int8 weight on cpu: dense: .*reference"
+        BackendUnavailableError, match=r"no backend wants a torch.int8 weight on cpu: .*dense: .*reference"
     ):
         choose_backend(weight, PATTERN)
 
