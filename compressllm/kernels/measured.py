@@ -32,6 +32,7 @@ TOKENS = (1, 4, 16, 64, 256)
 Seconds = Mapping[str, Mapping[int, float]]
 
 _SECONDS = 0.15  # for each number of tokens
+_COPIES = 100  # of one weight at most: to pack thousands of small ones takes longer than they are worth
 _LONG = 0.25  # where a call takes this long, larger numbers of tokens are taken to behave alike
 
 
@@ -95,11 +96,14 @@ def _call(backend: Backend, x: Tensor, packed: Any) -> Tensor:
 
 
 def _copies(backend: Backend, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> list[dict[str, Tensor]]:
-    """As many packed weights as go past the caches. Packed one by one: a backend chooses the memory they lie in."""
+    """As many packed weights as go past the caches, of small ones fewer.
+
+    Packed one by one: a backend chooses the memory they lie in.
+    """
     example, keep = example_like(weight, pattern)
     packed = [backend.pack(_own(example), keep)]
     size = sum(tensor.nbytes for tensor in packed[0].values())
-    while len(packed) * size < working_set(weight.device):
+    while len(packed) * size < working_set(weight.device) and len(packed) < _COPIES:
         packed.append(backend.pack(_own(example), keep))
     return packed
 
