@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from gpu_kernels import GROUP, PATTERN, timed, write
+from shapes import SHAPES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
@@ -30,15 +31,7 @@ from compressllm.kernels.linear import SparseLinear, choose_backend
 from compressllm.stages.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "gpu_decode.json"
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-}
+LLAMA_8B = SHAPES["llama-3-8b"]
 PROMPT, ROUNDS = 2048, 20
 CONTEXT = 256  # tokens in the cache while decoding
 Pack = Callable[[Tensor, Tensor], "Tensor | QuantizedWeight"]

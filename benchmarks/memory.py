@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from prune_speed import run_process
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compressllm.models.shards import ShardWriter
@@ -28,28 +29,6 @@ from compressllm.models.tensorfile import TensorSpec
 from compressllm.stages.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 131072,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 8192,
-    },
-}
 
 
 def make_checkpoint(folder: Path, shape: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from memory import SHAPES
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compressllm import __version__

@@ -18,8 +18,8 @@ from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
 from compressllm.core.registry import build
 from compressllm.kernels.linear import AUTO, PLAIN, Choice, choose_backend
-from compressllm.kernels.measured import Timings, example_like, measuring
-from compressllm.kernels.timing import interleaved, ratio, rotating, spread, working_set
+from compressllm.kernels.measured import Timings, example_like, linear_of, measuring, packed_past_caches
+from compressllm.kernels.timing import interleaved, past_caches, ratio, rotating, spread
 
 #: Formats a sparse weight may be in -> bits of its values.
 SPARSE_FORMATS = {"bf16": 16, "int8": 8, "int4": 4}
@@ -132,7 +132,7 @@ def _measured(
 
 def _dense(baseline: Baseline, shape: tuple[int, int], device: torch.device) -> _Contender:
     weight = torch.randn(shape, device=device).to(torch.bfloat16)
-    copies, size = _past_caches(functools.partial(baseline.pack, weight), device)
+    copies, size = past_caches(functools.partial(baseline.pack, weight), device)
     return _Contender(f"{baseline.format} {baseline.name}", baseline.format, baseline.linear, copies, size)
 
 
@@ -164,32 +164,8 @@ def _sparse(
             if reason := backend.refuses(weight, bench.pattern, wanted=name in named):
                 refused[f"{form} {name}"] = reason
                 continue
-            copies, size = _past_caches(functools.partial(_packed, backend, weight, keep), bench.device)
-            found.append(_Contender(f"{form} {name}", form, functools.partial(_linear, backend), copies, size))
+            copies, size = packed_past_caches(backend, weight, keep)
+            found.append(_Contender(f"{form} {name}", form, linear_of(backend), copies, size))
     if not found and not others:
         raise BackendUnavailableError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     return found, refused
-
-
-def _packed(backend: Backend, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
-    return backend.pack(weight if isinstance(weight, QuantizedWeight) else weight.clone(), keep)
-
-
-def _linear(backend: Backend, x: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
-    return backend.linear(x, packed, None)
-
-
-def _past_caches(make: Callable[[], Any], device: torch.device) -> tuple[list[Any], int]:
-    """Copies made one by one, and the bytes of one."""
-    copies = [make()]
-    size = _bytes(copies[0])
-    while len(copies) * size < working_set(device):
-        copies.append(make())
-    return copies, size
-
-
-def _bytes(held: Any) -> int:
-    if isinstance(held, Tensor):
-        return held.nbytes
-    parts = held.values() if isinstance(held, Mapping) else held
-    return sum(part.nbytes for part in parts if isinstance(part, Tensor))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +77,6 @@ def _bench_layers(
     from compressllm.bench.plot import Bar
     from compressllm.core.compute import choose_device
     from compressllm.core.pattern import parse_pattern
-    from compressllm.stages.environment import environment
 
     settings = LayerBench(
         _shapes(layers),
@@ -111,7 +113,7 @@ def _bench_layers(
                 "refused": refused,
                 "auto": auto,
                 "read_bytes_per_second": max(rates),
-                "environment": environment(),
+                **_made(),
             }
         )
         return
@@ -145,7 +147,6 @@ def _bench_model(
     from compressllm.bench.model import ModelBench, backend_of, bench_model
     from compressllm.bench.plot import Bar
     from compressllm.models.bundle import open_bundle
-    from compressllm.stages.environment import environment
     from compressllm.stages.recipe import make_config
 
     for name in backends:
@@ -161,7 +162,7 @@ def _bench_model(
             bars.append(Bar(label, row["decode_tokens_per_second"], *ends, row["backend"] == "dense"))
         _draw(plot, bars, f"Decoding {Path(model).name}", "tokens a second")
     if as_json:
-        print_json({"model": model, **measured, "environment": environment()})
+        print_json({"model": model, **measured, **_made()})
         return
     table = Table(
         "backend", "batch", "prefill/s", "x", "decode/s", "x", "spread", "bandwidth", "weights", "load peak", box=None
@@ -186,6 +187,14 @@ def _bench_model(
         linears = ", ".join(f"{count} on {backend}" for backend, count in chosen["linears"].items())
         results.print(f"{name}: {linears or 'no sparse linears'}", soft_wrap=True)
         _print_refused(chosen["refused"] if name.startswith("auto") else {}, "  ")
+
+
+def _made() -> dict[str, Any]:
+    """When, where and by which command a result was made."""
+    from compressllm.stages.environment import environment
+
+    command = shlex.join(["compressllm", *sys.argv[1:]])
+    return {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
 
 
 def _print_refused(refused: Mapping[str, str], indent: str) -> None:

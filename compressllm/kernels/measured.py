@@ -23,7 +23,7 @@ from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
 from compressllm.core.registry import build
 from compressllm.core.run import write_json
-from compressllm.kernels.timing import interleaved, rotating, working_set
+from compressllm.kernels.timing import interleaved, past_caches, rotating
 
 #: Numbers of tokens a linear is measured at; a larger number runs like the last.
 TOKENS = (1, 4, 16, 64, 256)
@@ -74,12 +74,16 @@ def measure(
 ) -> dict[str, dict[int, float]]:
     """Median seconds a call at each of `TOKENS`, on random weights of the same kind, read from memory."""
     device, columns = weight.device, weight.shape[1]
-    copies = {name: _copies(build(BACKENDS, name), weight, pattern) for name in backends}
+    example, keep = example_like(weight, pattern)
+    used: dict[str, Backend] = {name: build(BACKENDS, name) for name in backends}
+    copies = {name: packed_past_caches(backend, example, keep, _COPIES)[0] for name, backend in used.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in backends}
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, device=device).to(weight.dtype)
         with torch.inference_mode():
-            calls = {name: rotating(functools.partial(_call, build(BACKENDS, name), x), copies[name]) for name in found}
+            calls = {
+                name: rotating(functools.partial(linear_of(backend), x), copies[name]) for name, backend in used.items()
+            }
             for name, times in interleaved(calls, _SECONDS, device).items():
                 found[name][tokens] = statistics.median(times)
         if max(times[tokens] for times in found.values()) > _LONG:
@@ -91,21 +95,23 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _call(backend: Backend, x: Tensor, packed: Any) -> Tensor:
-    return backend.linear(x, packed, None)
-
-
-def _copies(backend: Backend, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> list[dict[str, Tensor]]:
-    """As many packed weights as go past the caches, of small ones fewer.
+def packed_past_caches(
+    backend: Backend, weight: Tensor | QuantizedWeight, keep: Tensor, most: int | None = None
+) -> tuple[list[dict[str, Tensor]], int]:
+    """A weight packed as often as `past_caches` says; and the bytes of one.
 
     Packed one by one: a backend chooses the memory they lie in.
     """
-    example, keep = example_like(weight, pattern)
-    packed = [backend.pack(_own(example), keep)]
-    size = sum(tensor.nbytes for tensor in packed[0].values())
-    while len(packed) * size < working_set(weight.device) and len(packed) < _COPIES:
-        packed.append(backend.pack(_own(example), keep))
-    return packed
+
+    def pack() -> dict[str, Tensor]:  # the dense backend keeps the very tensor it is given
+        return backend.pack(weight if isinstance(weight, QuantizedWeight) else weight.clone(), keep)
+
+    return past_caches(pack, weight.device, most)
+
+
+def linear_of(backend: Backend) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    """What multiplies (..., in) activations by a weight that ``backend`` packed, to (..., out)."""
+    return lambda x, packed: backend.linear(x, packed, None)
 
 
 def example_like(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> tuple[Tensor | QuantizedWeight, Tensor]:
@@ -116,11 +122,6 @@ def example_like(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> 
     if isinstance(weight, QuantizedWeight):
         return quantize_absmax(values, keep, weight.bits, weight.group), keep
     return values, keep
-
-
-def _own(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
-    # The dense backend keeps the very tensor it is given.
-    return weight if isinstance(weight, QuantizedWeight) else weight.clone()
 
 
 def _case(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> str:

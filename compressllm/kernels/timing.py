@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -84,6 +84,28 @@ def working_set(device: torch.device) -> int:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         cache = max((int(p.read_text().strip().removesuffix("K")) << 10 for p in sizes), default=0)
     return max(128 << 20, _PAST_CACHES * cache)
+
+
+def past_caches(make: Callable[[], T], device: torch.device, most: int | None = None) -> tuple[list[T], int]:
+    """What ``make`` makes, called until it takes up `working_set`; and the bytes of one.
+
+    Args:
+        make: Gives a tensor, or a collection or mapping of values that has tensors in it, in memory of its own.
+        most: No more than so many.
+    """
+    copies = [make()]
+    size = bytes_of(copies[0])
+    while len(copies) * size < working_set(device) and (most is None or len(copies) < most):
+        copies.append(make())
+    return copies, size
+
+
+def bytes_of(held: Any) -> int:
+    """Bytes of the tensors in a collection, or of the values of a mapping."""
+    if isinstance(held, torch.Tensor):
+        return held.nbytes
+    parts = held.values() if isinstance(held, Mapping) else held
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

@@ -7,10 +7,10 @@ import torch
 from compressllm.core.pattern import NM
 from compressllm.core.protocols import BACKENDS
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
-from compressllm.kernels import measured
+from compressllm.kernels import measured, timing
 from compressllm.kernels.dense import Dense
 from compressllm.kernels.linear import SparseLinear, choose_backend
-from compressllm.kernels.measured import TOKENS, Timings, example_like, measure, measuring
+from compressllm.kernels.measured import TOKENS, Timings, example_like, measure, measuring, packed_past_caches
 
 PATTERN = NM(2, 4)
 pytestmark = pytest.mark.usefixtures("plain_backends")
@@ -103,7 +103,7 @@ def test_nothing_is_measured_where_there_is_no_choice(weight, timings):
 
 
 def test_measures_every_backend_at_growing_numbers_of_tokens(weight, monkeypatch):
-    monkeypatch.setattr(measured, "working_set", lambda device: 10_000)
+    monkeypatch.setattr(timing, "working_set", lambda device: 10_000)
     monkeypatch.setattr(measured, "_SECONDS", 0.0)
     found = measure(weight, PATTERN, ["dense", "reference"])
     assert found.keys() == {"dense", "reference"}
@@ -113,9 +113,9 @@ def test_measures_every_backend_at_growing_numbers_of_tokens(weight, monkeypatch
 
 
 def test_copies_go_past_the_caches_and_share_no_memory(weight, monkeypatch):
-    monkeypatch.setattr(measured, "working_set", lambda device: 10_000)
-    copies = measured._copies(Dense(), weight, PATTERN)
-    assert len(copies) == 10  # of 1024 bytes
+    monkeypatch.setattr(timing, "working_set", lambda device: 10_000)
+    copies, size = packed_past_caches(Dense(), weight, PATTERN.keep(weight.float()))
+    assert (len(copies), size) == (10, 1024)
     assert len({packed["weight"].data_ptr() for packed in copies}) == 10
 
 

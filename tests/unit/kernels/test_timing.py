@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from compressllm.kernels.timing import interleaved, ratio, rotating, spread, working_set
+from compressllm.kernels.timing import interleaved, past_caches, ratio, rotating, spread, working_set
 
 CPU = torch.device("cpu")
 
@@ -43,3 +43,12 @@ def test_spread_and_ratio():
 
 def test_the_working_set_is_larger_than_any_cache():
     assert working_set(CPU) >= 128 << 20
+
+
+def test_copies_are_made_one_by_one_until_they_are_past_the_caches_or_too_many():
+    mib = 1 << 20
+    copies, size = past_caches(lambda: {"a": torch.empty(32 * mib, dtype=torch.uint8), "b": "no tensor"}, CPU)
+    assert size == 32 * mib
+    assert (len(copies) - 1) * size < working_set(CPU) <= len(copies) * size
+    assert len({one["a"].data_ptr() for one in copies}) == len(copies)
+    assert len(past_caches(lambda: [torch.empty(4)], CPU, most=7)[0]) == 7
