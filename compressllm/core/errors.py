@@ -36,5 +36,9 @@ class RunError(CompressError):
     """A run folder that holds something else, or a different recipe."""
 
 
+class TrainingError(CompressError):
+    """Training that diverged or whose loss is not finite; what it had saved stays."""
+
+
 class RankError(RunError):
     """Another process of the same launch failed; the message is its own."""

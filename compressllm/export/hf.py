@@ -23,7 +23,7 @@ from compressllm.core.errors import FormatError
 from compressllm.core.heap import trim_heap
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.registry import build
-from compressllm.export.detect import pattern_of
+from compressllm.core.detect import pattern_of
 from compressllm.kernels.linear import AUTO, PLAIN
 from compressllm.kernels.measured import Timings, measuring
 from compressllm.kernels.swapper import Swapper

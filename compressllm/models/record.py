@@ -21,6 +21,7 @@ from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.linears import PrunableLinear
 from compressllm.models.loading import tensor_names
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
@@ -139,18 +140,10 @@ class FolderRecord:
         written = {self._stored[name]: self._linears[name].shape[1] for name in self._patterns}
         masks = MaskStore({name: PackedMask(self._mask_file.read(name), columns) for name, columns in written.items()})
         self._mask_file.close()
-        self._source.copy_side_files(self._work)
-        files = sorted(path for path in self._work.iterdir() if path.suffix == ".safetensors")
-        Facts(
-            written_by=__version__,
-            linears={
-                self._stored[name]: LinearFacts(pattern=pattern, shape=linear.shape, transposed=linear.transposed)
-                for name, pattern, linear in ((n, p, self._linears[n]) for n, p in self._patterns.items())
-            },
-            masks_sha256=masks.sha256(),
-            source={**(self._source.facts.source if self._source.facts else {}), "folder": self._source.folder.name},
-            sha256={path.name: file_sha256(path) for path in files},
-        ).write(self._work)
+        finish_sparse_folder(
+            self._work, self._source, {self._stored[name]: self._linears[name] for name in self._patterns}, masks,
+            {self._stored[name]: pattern for name, pattern in self._patterns.items()},
+        )  # fmt: skip
         self._work.replace(self._final)  # the journal stays: if killed now, the next call ends where this one did
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
 
@@ -209,6 +202,33 @@ class FollowingRecord:
         """Open the checkpoint that the first rank has put into place."""
         self._out.close()
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
+
+
+def finish_sparse_folder(
+    folder: Path,
+    source: Checkpoint,
+    linears: Mapping[str, PrunableLinear],
+    masks: MaskStore,
+    patterns: Mapping[str, SparsityPattern],
+) -> None:
+    """Make a checkpoint of a folder whose weights and masks have been written: side files, then ``compressllm.json``.
+
+    Args:
+        source: What it was made from.
+        linears: Stored name -> linear, of those that are sparse; ``masks`` and ``patterns`` have the same names.
+    """
+    source.copy_side_files(folder)
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    Facts(
+        written_by=__version__,
+        linears={
+            name: LinearFacts(pattern=patterns[name], shape=linear.shape, transposed=linear.transposed)
+            for name, linear in linears.items()
+        },
+        masks_sha256=masks.sha256(),
+        source={**(source.facts.source if source.facts else {}), "folder": source.folder.name},
+        sha256={path.name: file_sha256(path) for path in files},
+    ).write(folder)
 
 
 def computed_on(source: Checkpoint | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

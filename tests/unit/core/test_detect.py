@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from compressllm.core.pattern import NM, Unstructured, parse_pattern
-from compressllm.export.detect import KNOWN_PATTERNS, find_sparsity, pattern_of
+from compressllm.core.detect import KNOWN_PATTERNS, find_sparsity, pattern_of
 
 
 @pytest.mark.parametrize("pattern", KNOWN_PATTERNS, ids=str)

@@ -1,0 +1,73 @@
+"""Masks of linears as masks of the parameters that are trained, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.masks import MaskStore
+from compressllm.core.pattern import Unstructured
+from compressllm.recover.config import RecoverConfig
+from compressllm.recover.held import Held
+from compressllm.recover.masking import Adaptive, Deferred, MaskedWeight, Masking
+from compressllm.recover.schedules import annealed_decay
+from compressllm.recover.sharding import Sharding
+
+
+def make_masking(
+    held: Held, trained: Iterable[str], shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding
+) -> Masking:
+    """The masking that settings name, of those held weights that are trained.
+
+    Args:
+        trained: Names of the parameters that are.
+        shapes: Parameter -> whole shape.
+
+    Raises: UnsupportedModelError if masks are to move that cannot.
+    """
+    weights = _masked_weights(held, set(trained), shapes, sharding)
+    if config.masking == "fixed":
+        return Masking(weights)
+    for name, linear in held.linears.items():
+        pattern = held.patterns[name]
+        whole_layer = isinstance(pattern, Unstructured) and pattern.group != "row"
+        if linear.expert is not None or (sharding.name != "replicated" and (linear.form or whole_layer)):
+            reason = linear.form or f"{pattern}, which is chosen over rows that other processes hold"
+            raise UnsupportedModelError(f"{name}: {reason}; its mask cannot move here, use masking fixed")
+    last = config.steps - round(config.freeze * config.steps)
+    if config.masking == "deferred":
+        return Deferred(weights, config.strength, config.steps, config.refresh, last)
+    return Adaptive(weights, lambda step: annealed_decay(step, config), config.refresh, last, config.decay == "reversed")
+
+
+def final_masks(held: Held, masking: Masking, shapes: Mapping[str, torch.Size], sharding: Sharding) -> MaskStore:
+    """The masks that training ended with, on every process."""
+    if not masking.moves:
+        return held.masks
+    masks = MaskStore()
+    for name, linear in held.linears.items():
+        one = masking.weights[linear.parameter]
+        whole = sharding.whole(one.keep, shapes[linear.parameter]).cpu()
+        masks[name] = (whole.T if one.transposed else whole).contiguous()
+    return masks
+
+
+def _masked_weights(
+    held: Held, trained: set[str], shapes: Mapping[str, torch.Size], sharding: Sharding
+) -> dict[str, MaskedWeight]:
+    weights: dict[str, MaskedWeight] = {}
+    whole: dict[str, torch.Tensor] = {}
+    for name, linear in held.linears.items():
+        if linear.parameter not in trained:
+            continue
+        keep = linear.turned(held.masks[name])
+        if linear.expert is not None:  # one of many in a parameter; what no mask is of is kept
+            of_all = whole.setdefault(linear.parameter, torch.ones(shapes[linear.parameter], dtype=torch.bool))
+            of_all[linear.expert, linear.rows[0] : linear.rows[1]] = keep
+            keep = of_all
+        weights[linear.parameter] = MaskedWeight(keep, held.patterns[name], linear.transposed)
+    for one in weights.values():
+        one.keep = sharding.rows(one.keep).contiguous().to(sharding.device)
+    return weights

@@ -1,0 +1,112 @@
+"""Settings of the recover stage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from compressllm.core.config import Config, Device, Pattern
+
+#: A text source, as `open_source` takes it.
+Source = str | dict[str, dict[str, Any] | None]
+
+
+class RecoverConfig(Config):
+    """Train a pruned model back towards its dense teacher, under its masks."""
+
+    teacher: str | None = None
+    """The dense model to distil from: hub id, folder, .gguf file, run folder or demo. None trains on the text alone."""
+    data: tuple[Source, ...] = ("builtin",)
+    """Text to train on: names from `compressllm list sources`, or files. Their calibration part is taken."""
+    mixture: tuple[float, ...] = ()
+    """Share of the tokens each source gives, in their order; in proportion to their length unless given."""
+    held_out: float = Field(default=0.02, gt=0, lt=0.5)
+    """Share of the training windows that is not trained on: it chooses the best checkpoint and tells divergence."""
+    seqlen: int = Field(default=512, ge=2)
+    """Tokens in a window."""
+    max_tokens: int = Field(default=500_000, ge=1)
+    """Tokens to train on, rounded up to whole steps."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens in an optimizer step, rounded up to whole windows; over all processes together."""
+    micro_batch: int = Field(default=2, ge=1)
+    """Windows in one forward of one process."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls after that."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak it falls to; over the last steps it goes on to zero."""
+    cooldown: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which it falls from the floor to zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's averages of the gradient and of its square."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of kept weights of matrices."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; None leaves it."""
+    losses: str = "kl=1.0"
+    """Weights of the losses ce, kl, reverse_kl and squarehead, as in kl=1.0,squarehead=0.5."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the distillation losses."""
+    masking: Literal["fixed", "ast", "deferred"] = "fixed"
+    """Whether masks stay (fixed), move while pruned weights decay (ast), or act in the optimizer only (deferred)."""
+    pattern: Pattern | None = None
+    """What to hold the weights to, if the student does not say. A dense student needs it: its first masks are by size."""
+    skip: tuple[str, ...] = ()
+    """Globs of linears that stay dense, of a dense student."""
+    decay: Literal["annealed", "static", "reversed", "none"] = "annealed"
+    """Of pruned weights under ast: rising to its full strength, at it from the start, or, as experiments, with the wrong
+    sign or not at all."""
+    decay_strength: float | None = Field(default=None, ge=0)
+    """Full strength of that decay; 1e-4 under ast and 4e-7 under deferred unless given."""
+    ramp: float = Field(default=0.25, gt=0, le=1)
+    """Share of the steps over which annealed decay rises."""
+    refresh: int = Field(default=10, ge=1)
+    """Steps between two choices of the masks, where they move."""
+    freeze: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps, the last ones, in which masks do not move any more."""
+    train: str = "all"
+    """What trains: all parameters, or an adapter from `compressllm list adapters`."""
+    activation_checkpointing: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them."""
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
+    """With several processes: whether each holds the whole model, or a share of every tensor."""
+    evaluate_every: float = Field(default=0.1, gt=0, le=1)
+    """Share of the steps between two looks at the held-out windows; each saves a checkpoint as well."""
+    diverged: float = Field(default=2.0, gt=0)
+    """Nats by which the held-out loss may rise over its best before training is given up."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the student's and the teacher's matrix products; auto is bfloat16 on CUDA and float32 on a CPU.
+    The optimizer's weights are float32 in any case."""
+    device: Device = "auto"
+    """Where training runs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecoverConfig:
+        if self.mixture and len(self.mixture) != len(self.data):
+            raise ValueError(f"mixture has {len(self.mixture)} shares for {len(self.data)} sources")
+        if self.warmup + self.cooldown >= 1:
+            raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} leave no step between them")
+        if self.masking != "fixed" and self.train != "all":
+            raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
+        return self
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in an optimizer step, over all processes."""
+        return -(-self.batch_tokens // self.seqlen)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return -(-self.max_tokens // (self.windows_per_step * self.seqlen))
+
+    @property
+    def strength(self) -> float:
+        """Full strength of the decay of pruned weights."""
+        if self.decay_strength is not None:
+            return self.decay_strength
+        return 4e-7 if self.masking == "deferred" else 1e-4

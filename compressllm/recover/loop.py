@@ -1,0 +1,190 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from compressllm.core.errors import TrainingError
+from compressllm.core.run import Run
+from compressllm.recover.checkpoint import Checkpoints
+from compressllm.recover.config import RecoverConfig
+from compressllm.recover.gradients import Gradients, clip_
+from compressllm.recover.headchunks import IGNORED
+from compressllm.recover.masking import Masking
+from compressllm.recover.metrics import Metrics
+from compressllm.recover.optimizer import Optimizer
+from compressllm.recover.order import Order
+from compressllm.recover.schedules import learning_rate
+from compressllm.recover.sharding import Sharding
+from compressllm.recover.student import count_labels, mean_nll
+from compressllm.recover.standin import Guide
+from compressllm.recover.standin import WindowData
+
+
+@dataclass
+class Progress:
+    """How far training is, and what was measured on the way; kept in checkpoints.
+
+    Args:
+        step: Steps done.
+        tokens: That they were trained on, over all processes.
+        seconds: That they took.
+        before: Mean cross entropy on the held-out windows before the first step.
+        held_out: The same now.
+        best: The lowest after a step, which step, and the name its weights are kept under unless it is the last.
+        masks: What the last choice of masks came to.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: float = math.inf
+    held_out: float = math.inf
+    best: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    """All that a training step touches."""
+
+    accelerator: Accelerator
+    student: nn.Module
+    guide: Guide
+    data: WindowData
+    held_out: WindowData
+    optimizer: Optimizer
+    gradients: Gradients
+    masking: Masking
+    sharding: Sharding
+    checkpoints: Checkpoints
+    config: RecoverConfig
+    run: Run
+
+    def train_(self) -> Progress:
+        """Train to the last step, from the last checkpoint if there is one, and leave the best weights in place.
+
+        Raises: TrainingError if the loss is not finite or training diverges; the last checkpoint stays.
+        """
+        steps = self.config.steps
+        done = self.checkpoints.resume_()
+        progress = Progress(**self.checkpoints.facts) if done else Progress()
+        metrics = Metrics(self.run.folder if self.sharding.ranks.rank == 0 else None, resumed=done)
+        if not done:
+            self.checkpoints.begin()
+            progress.before = self._measure(progress, metrics)
+        period = max(1, round(self.config.evaluate_every * steps))
+        order = Order(len(self.data), self.run.seed)
+        self._label = "recovering"
+        for step in self.run.track(range(done, steps), steps - done, lambda: self._label):
+            row = self._step(step, order, progress)
+            if self.masking.refreshes(step + 1):
+                progress.masks = self._refresh_()
+                row |= progress.masks
+            metrics.write(step=step + 1, **row)
+            if (step + 1) % period == 0 or step + 1 == steps:
+                self._measure(progress, metrics)
+                metrics.sync()
+                self.checkpoints.save(step + 1, vars(progress))
+                self.checkpoints.drop_best_but(progress.best.get("name"))
+        if progress.best["name"]:
+            self.checkpoints.load_best_(progress.best["name"])
+        return progress
+
+    def _step(self, step: int, order: Order, progress: Progress) -> dict[str, float]:
+        """One optimizer step, counted into ``progress``; what is told of it."""
+        begun = time.perf_counter()
+        batches = self._batches(step, order)
+        counts = [float(sum(map(count_labels, batches))), float(sum(batch["input_ids"].numel() for batch in batches))]
+        labels, tokens = self.sharding.total(torch.tensor(counts)).tolist()
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, parts = self.guide.loss(self.student, self._on_device(batch), labels)
+            for name, part in {"loss": loss, **parts}.items():
+                sums[name] = sums.get(name, 0.0) + part.detach().double()
+            self.accelerator.backward(loss * self.sharding.loss_scale)
+        losses = self._finite(step, sums)
+        gradients = self.gradients.collect()
+        self.sharding.sum_gradients_(gradients)
+        self.masking.clean_(gradients)
+        norm = clip_(gradients, self.config.clip, self.sharding.total_of_shards)
+        rate = learning_rate(step, self.config)
+        self.optimizer.step_(gradients, rate)
+        self.gradients.clear_()
+        took = time.perf_counter() - begun
+        progress.step, progress.tokens, progress.seconds = (
+            step + 1, progress.tokens + int(tokens), progress.seconds + took,
+        )  # fmt: skip
+        speed = tokens / took
+        self._label = f"{', '.join(f'{name} {value:.3f}' for name, value in losses.items())}, {speed:.0f} tokens/s"
+        return {**losses, "lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
+
+    def _batches(self, step: int, order: Order) -> list[dict[str, Tensor]]:
+        """This process's micro-batches of a step: of its windows every so many-th."""
+        count, ranks, size = self.config.windows_per_step, self.sharding.ranks, self.config.micro_batch
+        mine = [order[step * count + sample] for sample in range(ranks.rank, count, ranks.size)]
+        return [self.data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+
+    def _finite(self, step: int, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses over all processes. Raises TrainingError naming what is not finite."""
+        names = sorted(sums)
+        total = self.sharding.total(torch.stack([sums[name] for name in names])).tolist()
+        losses = dict(zip(names, total, strict=True))
+        if broken := [name for name, value in losses.items() if not math.isfinite(value)]:
+            parts = [name for name in broken if name != "loss"] or broken
+            raise TrainingError(
+                f"step {step + 1} of {self.config.steps}: {', '.join(parts)} is {losses[parts[0]]}; lower lr, "
+                f"or compute with --dtype float32{self._kept()}"
+            )
+        return losses
+
+    def _refresh_(self) -> dict[str, float]:
+        """Choose masks anew, and write the parameters with them; what they came to."""
+        counts = self.masking.refresh_(self.optimizer.weights)
+        self.optimizer.write_()
+        return self.sharding.sum_over_shards(counts).metrics()
+
+    def _measure(self, progress: Progress, metrics: Metrics) -> float:
+        """Mean cross entropy on the held-out windows; keeps the weights if it is the lowest after a step.
+
+        Raises: TrainingError if it is not finite, or has risen too far over its lowest.
+        """
+        with self.optimizer.as_result():
+            total, count = mean_nll(self.student, map(self._on_device, self._held_out()))
+        total, count = self.sharding.total(torch.tensor([total, float(count)], dtype=torch.float64)).tolist()
+        progress.held_out = nll = total / max(count, 1.0)
+        metrics.write(step=progress.step, held_out_nll=nll, held_out_perplexity=math.exp(min(nll, 700.0)))
+        lowest = min(progress.before, progress.best.get("nll", math.inf))
+        if not nll <= lowest + self.config.diverged:
+            raise TrainingError(
+                f"step {progress.step} of {self.config.steps}: the held-out loss is {nll:.3f} where it was {lowest:.3f}: "
+                f"training diverged; lower lr{self._kept()}"
+            )
+        if progress.step and nll < progress.best.get("nll", math.inf):
+            last = progress.step == self.config.steps
+            name = None if last else self.checkpoints.save_best(progress.step)
+            progress.best = {"nll": nll, "step": progress.step, "name": name}
+        return nll
+
+    def _held_out(self) -> Iterator[dict[str, Tensor]]:
+        """This process's held-out windows. Sharded, all take part in each forward, if with one that is not counted."""
+        ranks, size = self.sharding.ranks, self.config.micro_batch
+        for start in range(0, len(self.held_out), size * ranks.size):
+            mine = range(start + ranks.rank, len(self.held_out), ranks.size)[:size]
+            batch = self.held_out.batch(list(mine) or [0])
+            yield batch if mine else batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+    def _kept(self) -> str:
+        saved = self.checkpoints.facts.get("step")
+        return f"; the checkpoint of step {saved} is kept in {self.run.folder}" if saved else ""

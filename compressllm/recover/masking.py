@@ -1,0 +1,215 @@
+"""How masks and training go together: masks that stay, that move while pruned weights decay, or that act at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from compressllm.core.pattern import SparsityPattern
+
+
+@dataclass
+class MaskedWeight:
+    """One weight under a mask: the whole of it, or the rows of it that this process holds.
+
+    Args:
+        keep: Bool, True = kept; of the shape of the parameter, which may be the (in, out) transpose of the weight.
+        pattern: What the mask has to obey.
+        transposed: Whether it is that transpose.
+        first: The mask that training began with, for the flip rate; only where masks move.
+    """
+
+    keep: Tensor
+    pattern: SparsityPattern
+    transposed: bool = False
+    first: Tensor | None = None
+
+    def choose(self, weight: Tensor) -> Tensor:
+        """The mask of the largest weights, of the parameter's shape."""
+        size = weight.abs()
+        return self.pattern.keep(size.T).T.contiguous() if self.transposed else self.pattern.keep(size)
+
+
+@dataclass(frozen=True)
+class MaskCounts:
+    """What masks and weights came to at a refresh: sums over the weights of this process.
+
+    ``kept`` and ``masked`` are sums of |W|. Masked weights that shrink while kept ones hold show that decay acts.
+    """
+
+    weights: int = 0
+    kept_weights: int = 0
+    flipped: int = 0
+    flipped_from_first: int = 0
+    kept: float = 0.0
+    masked: float = 0.0
+    masked_max: float = 0.0
+
+    def __add__(self, other: MaskCounts) -> MaskCounts:
+        return MaskCounts(
+            self.weights + other.weights,
+            self.kept_weights + other.kept_weights,
+            self.flipped + other.flipped,
+            self.flipped_from_first + other.flipped_from_first,
+            self.kept + other.kept,
+            self.masked + other.masked,
+            max(self.masked_max, other.masked_max),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """As `metrics.jsonl` has it."""
+        masked_weights = max(1, self.weights - self.kept_weights)
+        return {
+            "flip_rate": self.flipped / max(1, self.weights),
+            "flip_rate_from_first": self.flipped_from_first / max(1, self.weights),
+            "kept_mean": self.kept / max(1, self.kept_weights),
+            "masked_mean": self.masked / masked_weights,
+            "masked_max": self.masked_max,
+        }
+
+
+class Masking:
+    """Masks that stay: gradients are cleaned before they are clipped, and a pruned weight is 0.0 at every step.
+
+    Args:
+        weights: Parameter name -> its mask. Keyed by name: what is hung on a parameter is lost when it is sharded.
+    """
+
+    name: Literal["fixed", "ast", "deferred"] = "fixed"
+    moves = False
+    """Whether the pruned weights live on, and the optimizer asks for `direction`."""
+
+    def __init__(self, weights: Mapping[str, MaskedWeight]) -> None:
+        self.weights = dict(weights)
+
+    def clean_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take from the gradients, in place, what may not count in their norm."""
+        for name, one in self.weights.items():
+            gradients[name].mul_(one.keep)
+
+    def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
+        """What Adam divides by its root mean square: the momentum and the decay of pruned weights, a new tensor."""
+        raise NotImplementedError
+
+    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
+        """What the forward pass uses in place of the optimizer's ``weight``."""
+        return weight
+
+    def refreshes(self, step: int) -> bool:
+        """Whether masks are chosen anew once ``step`` (from 1) is done."""
+        return False
+
+    def refresh_(self, weights: Mapping[str, Tensor]) -> MaskCounts:
+        """Choose the masks anew, in place, from the optimizer's weights."""
+        total = MaskCounts()
+        for name, one in self.weights.items():
+            total += _refresh_(one, weights[name])
+        return total
+
+
+#: What the released GPT-2 trainer of AST multiplies decay by: the bitwise complement of an int32 mask is -1 where
+#: pruned and -2 where kept, so that weights grow, kept ones twice as fast.
+REVERSED: Final = (-1.0, -2.0)
+
+
+class Adaptive(Masking):
+    """AST: the forward uses m * W, its gradient goes to all of W, and pruned weights decay until they return or stay.
+
+    Decay is added to Adam's first moment where it is used, not where it is kept, and counts in the second:
+    u = mu + lambda(t) (1 - m) W.
+
+    Args:
+        decay: Step, from 0 -> lambda.
+        period: Steps between two choices of the masks.
+        last: Last step, from 1, after which masks may move.
+        reversed_sign: Decay as the authors' released trainer computes it, see `REVERSED`; an experiment.
+
+    Source: AST, arXiv 2407.20584, section 3.
+    """
+
+    name = "ast"
+    moves = True
+
+    def __init__(
+        self,
+        weights: Mapping[str, MaskedWeight],
+        decay: Callable[[int], float],
+        period: int,
+        last: int,
+        reversed_sign: bool = False,
+    ) -> None:
+        super().__init__(weights)
+        self._decay, self._period, self._last, self._reversed = decay, period, last, reversed_sign
+        for one in self.weights.values():
+            one.first = one.keep.clone()
+
+    def clean_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Leave the gradients: they go to all weights."""
+
+    def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
+        """u = mu + lambda (1 - m) W."""
+        keep, strength = self.weights[name].keep, self._decay(step)
+        if self._reversed:
+            pruned, kept = REVERSED
+            return torch.addcmul(momentum, weight, torch.where(keep, kept * strength, pruned * strength))
+        return weight.masked_fill(keep, 0.0).mul_(strength).add_(momentum)
+
+    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
+        """M * W."""
+        return weight * self.weights[name].keep
+
+    def refreshes(self, step: int) -> bool:
+        """Every ``period`` steps until masks are frozen."""
+        return step % self._period == 0 and step <= self._last
+
+
+class Deferred(Adaptive):
+    """CAST: the forward is dense; sparsity comes from the optimizer, whose decay takes over from the gradient.
+
+    On pruned weights u = (1 - a) mu + a lambda sign(W), where a rises from 0 to 1 over training.
+
+    Args:
+        steps: All steps of the run.
+
+    Source: CAST, arXiv 2509.25996.
+    """
+
+    name = "deferred"
+
+    def __init__(
+        self, weights: Mapping[str, MaskedWeight], strength: float, steps: int, period: int, last: int
+    ) -> None:
+        super().__init__(weights, lambda step: strength, period, last)
+        self._steps = steps
+
+    def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
+        """Mu where kept, (1 - a) mu + a lambda sign(W) where pruned."""
+        share = step / self._steps
+        decayed = weight.sign().mul_(share * self._decay(step)).add_(momentum, alpha=1 - share)
+        return torch.where(self.weights[name].keep, momentum, decayed)
+
+    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
+        """All of W."""
+        return weight
+
+
+def _refresh_(one: MaskedWeight, weight: Tensor) -> MaskCounts:
+    before, one.keep = one.keep, one.choose(weight)
+    size = weight.abs()
+    kept_weights, kept = int(one.keep.count_nonzero()), float(torch.where(one.keep, size, 0.0).sum())
+    size.masked_fill_(one.keep, 0.0)
+    first = before if one.first is None else one.first
+    return MaskCounts(
+        weights=weight.numel(),
+        kept_weights=kept_weights,
+        flipped=int((one.keep != before).count_nonzero()),
+        flipped_from_first=int((one.keep != first).count_nonzero()),
+        kept=kept,
+        masked=float(size.sum()),
+        masked_max=float(size.max()) if size.numel() else 0.0,
+    )
+

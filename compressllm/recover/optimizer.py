@@ -1,0 +1,122 @@
+"""AdamW on float32 weights, which the model's parameters are written from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from compressllm.recover.masking import Masking
+
+_EPSILON = 1e-8
+
+
+class Optimizer:
+    """AdamW whose weights are float32 whatever the parameters are, and whose update knows of masks.
+
+    A parameter holds what the forward pass uses, so that the gradient which arrives at it is the straight-through
+    gradient of the weights behind it, and no autograd function is needed. Where that is the same float32 tensor, it
+    is held once.
+
+    Args:
+        parameters: Name -> the tensor that is trained, or the rows of it that this process holds. Changed in place.
+        masking: Its names are among those of ``parameters``.
+        betas: Adam's averages of the gradient and of its square.
+        weight_decay: Decoupled, of matrices, and of these only what is kept.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], masking: Masking, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._masking, self._betas, self._weight_decay = masking, betas, weight_decay
+        self.steps = 0
+        moving = set(masking.weights) if masking.moves else set()
+        self.weights: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            alone = parameter.dtype != torch.float32 or (name in moving and masking.name == "ast")
+            self.weights[name] = parameter.to(torch.float32, copy=True) if alone else parameter
+        self._apart = [name for name, weight in self.weights.items() if weight is not self._parameters[name]]
+        # Moments of all are made now, so that a checkpoint's layout is known and memory does not grow after step one.
+        self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self._moving = [name for name in self.weights if name in moving]
+        plain = [name for name in self.weights if name not in moving]
+        matrices = [self.weights[name] for name in plain if self.weights[name].dim() > 1]
+        vectors = [self.weights[name] for name in plain if self.weights[name].dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._plain = plain
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]] or [torch.empty(0)], betas=betas, eps=_EPSILON, fused=True
+        )
+        for name in plain:
+            weight = self.weights[name]
+            step = torch.zeros((), device=weight.device)
+            self._adamw.state[weight] = {"step": step, "exp_avg": self.first[name], "exp_avg_sq": self.second[name]}
+        self.write_()
+
+    def step_(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        """One update from float32 gradients, which masking has cleaned; writes the parameters."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        for name in self._plain:
+            self.weights[name].grad = gradients[name]
+        self._adamw.step()
+        self._adamw.zero_grad()
+        for name in self._moving:
+            self._moving_adamw_(name, gradients[name], lr)
+        self.steps += 1
+        self.write_()
+
+    def resume_(self, steps: int) -> None:
+        """Go on after so many steps, whose weights and moments have been put into place. Writes the parameters."""
+        self.steps = steps
+        for state in self._adamw.state.values():
+            state["step"].fill_(float(steps))
+        self.write_()
+
+    def write_(self) -> None:
+        """Write the parameters from the weights behind them, where these are not the same tensor."""
+        for name in self._apart:
+            masked = name in self._masking.weights
+            value = self._masking.forward_weight(name, self.weights[name]) if masked else self.weights[name]
+            self._parameters[name].copy_(value)
+
+    def result(self, name: str) -> Tensor:
+        """The float32 weight as it is to be used once training is over, 0.0 wherever it is pruned."""
+        masked = self._masking.weights.get(name)
+        return self.weights[name] if masked is None else self.weights[name].masked_fill(~masked.keep, 0.0)
+
+    @contextmanager
+    def as_result(self) -> Iterator[None]:
+        """The parameters are what they are to be once training is over, for as long as the context lasts."""
+        if self._masking.name != "deferred":  # the others train just that
+            yield
+            return
+        kept = {name: self._parameters[name].clone() for name in self._masking.weights}
+        try:
+            for name in kept:
+                self._parameters[name].copy_(self.result(name))
+            yield
+        finally:
+            for name, value in kept.items():
+                self._parameters[name].copy_(value)
+
+    def _moving_adamw_(self, name: str, gradient: Tensor, lr: float) -> None:
+        """The update of a weight under a mask that moves; one tensor at a time, so that it stays in the caches."""
+        (beta1, beta2), weight = self._betas, self.weights[name]
+        momentum, square = self.first[name], self.second[name]
+        momentum.lerp_(gradient, 1 - beta1)
+        direction = self._masking.direction(name, momentum, weight, self.steps)
+        square.mul_(beta2).addcmul_(direction, direction, value=1 - beta2)
+        if self._weight_decay:
+            weight.sub_(weight * self._masking.weights[name].keep, alpha=lr * self._weight_decay)
+        done = self.steps + 1
+        denominator = square.sqrt().div_(math.sqrt(1 - beta2**done)).add_(_EPSILON)
+        weight.addcdiv_(direction, denominator, value=-lr / (1 - beta1**done))

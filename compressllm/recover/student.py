@@ -1,0 +1,80 @@
+"""The student as one module whose forward is the loss: what is trained, sharded and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from compressllm.recover.head import head_of, hidden_states
+from compressllm.recover.headchunks import IGNORED, Teacher
+from compressllm.recover.headloss import head_loss
+from compressllm.recover.losses import LossWeights
+
+
+class Student(nn.Module):
+    """A causal language model with the losses at its head.
+
+    The model is left in eval mode: a teacher's answer does not depend on chance, so neither may the student's.
+
+    Args:
+        model: Its weights in memory.
+        temperature: Of the distillation losses.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self._head, self._temperature = head_of(model), temperature
+
+    def forward(
+        self, batch: Mapping[str, Tensor], teacher: Teacher | None, weights: LossWeights, denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss at the head, and each loss without its weight: sums over labels over ``denominator``.
+
+        Args:
+            batch: ``input_ids`` and ``labels`` (B, S) and what else the model's forward takes. A label is the token
+                at its own position, predicted from the one before; `IGNORED` where none is.
+        """
+        hidden = hidden_states(self.model, batch)
+        module = self.model.get_output_embeddings()
+        # Looked up at every call: sharding puts another tensor there.
+        head = replace(self._head, weight=module.weight, bias=getattr(module, "bias", None))
+        return head_loss(
+            hidden.flatten(0, 1), head, next_labels(batch["labels"]), teacher, weights, self._temperature,
+            denominator=denominator,
+        )  # fmt: skip
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """(B, S) labels -> (B * S,) the label that each position predicts; none at a window's end."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+def count_labels(batch: Mapping[str, Tensor]) -> int:
+    """Tokens that are predicted."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:
+    """Have each block compute its activations again in the backward pass instead of keeping them."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def mean_nll(student: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+    """Summed cross entropy of the labels, in nats, and how many there are."""
+    total, count = 0.0, 0
+    for batch in batches:
+        _, parts = student(batch, None, LossWeights(ce=1.0), 1.0)
+        total += float(parts["ce"])
+        count += count_labels(batch)
+    return total, count
