@@ -1,0 +1,68 @@
+"""Heads of real architectures, as what they compute."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
+
+from compressllm.core.errors import UnsupportedModelError
+from compressllm.recover.head import head_of, hidden_states
+from compressllm.recover.headloss import head_loss
+from compressllm.recover.losses import LossWeights
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+SHAPED = {
+    "cohere": (lambda: CohereConfig(**SHAPE, logit_scale=0.25), {"scale": 0.25}),
+    "granite": (lambda: GraniteConfig(**SHAPE, logits_scaling=8.0), {"scale": 0.125}),
+    "gemma2": (lambda: Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5), {"softcap": 0.5}),
+}
+
+
+def check(model: PreTrainedModel) -> None:
+    """Cross entropy at the head is the model's own loss."""
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    hidden = hidden_states(model, {"input_ids": ids, "labels": labels})
+    loss, _ = head_loss(hidden.flatten(0, 1), head_of(model), labels.flatten(), None, LossWeights(ce=1.0))
+    own = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_models_own(decoder: PreTrainedModel) -> None:
+    check(decoder)
+
+
+@pytest.mark.parametrize("name", sorted(SHAPED))
+def test_scaled_and_capped_logits(name: str, build_model: Callable[..., PreTrainedModel]) -> None:
+    config, expected = SHAPED[name]
+    model = build_model(config())
+    head = head_of(model)
+    assert {key: getattr(head, key) for key in expected} == expected
+    check(model)
+
+
+def test_a_head_of_another_kind_is_refused(llama: PreTrainedModel) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    llama.lm_head.__class__ = Doubled
+    with pytest.raises(UnsupportedModelError, match="gives other logits than its weight does, by 50%"):
+        head_of(llama)
+
+
+def test_bfloat16_model(llama: PreTrainedModel) -> None:
+    head = head_of(llama.to(torch.bfloat16))
+    assert head.weight.dtype == torch.bfloat16
+    assert replace(head, scale=1.0).vocab_size == 64
