@@ -21,6 +21,7 @@ from compressllm.cli import (
     prune,
     recipe,
     run,
+    soup,
     sweep,
 )
 from compressllm.cli.output import results, say, talk
@@ -40,6 +41,7 @@ app.command()(run.run)
 app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(sweep.sweep)
+app.command()(soup.soup)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

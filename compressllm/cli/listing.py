@@ -13,7 +13,8 @@ from compressllm.cli.output import print_json, results
 
 def list_methods(
     kind: Annotated[
-        str | None, typer.Argument(help="pruners, allocators, formats, sources, backends; all of them without.")
+        str | None,
+        typer.Argument(help="pruners, allocators, adapters, formats, sources, backends; all of them without."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressllm.core.pattern import Group, SparsityPattern
 from compressllm.core.quantized import QuantizedWeight
@@ -169,16 +169,37 @@ class Backend(Protocol):
         ...
 
 
+class Adapter(Protocol):
+    """Trains a small share of a pruned model, such that what is merged keeps exactly the same zeros."""
+
+    def attach_(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Freeze all but what is trained, which then are the parameters that require gradients. Changes ``model``.
+
+        Args:
+            masks: Linear name -> (out, in) bool mask.
+
+        Raises: RecipeError, UnsupportedModelError, FormatError; nothing is changed then.
+        """
+        ...
+
+    def merge_(self, model: nn.Module) -> None:
+        """Leave the model with the modules it had, and what was trained in their weights. Changes ``model``."""
+        ...
+
+
 SOURCES: Registry[TextSource] = Registry("text source", "compressllm.calibration")
 PRUNERS: Registry[Pruner] = Registry("pruner", "compressllm.prune")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "compressllm.prune")
 FORMATS: Registry[Format] = Registry("format", "compressllm.export")
 BACKENDS: Registry[Backend] = Registry("backend", "compressllm.kernels")
+ADAPTERS: Registry[Adapter] = Registry("adapter", "compressllm.recover.adapters")
 
 REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Allocator: ALLOCATORS, Format: FORMATS, Backend: BACKENDS})
+REGISTRY_OF.update({Adapter: ADAPTERS})
 
 #: The registries by the name ``compressllm list`` takes.
 REGISTRIES: dict[str, Registry[Any]] = {
+    "adapters": ADAPTERS,
     "allocators": ALLOCATORS,
     "backends": BACKENDS,
     "formats": FORMATS,

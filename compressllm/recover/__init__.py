@@ -1,1 +1,1 @@
-"""Recovery training: a pruned model is trained back towards its dense teacher, and its zeros stay zeros."""
+"""Recovery: training that gives a pruned model its accuracy back."""
