@@ -20,6 +20,7 @@ from compressllm.cli import (
     permute,
     prune,
     recipe,
+    recover,
     run,
     soup,
     sweep,
@@ -28,7 +29,7 @@ from compressllm.cli.output import results, say, talk
 from compressllm.core.errors import CompressError
 
 #: Commands whose work the processes of a launcher share.
-SHARED = {"prune", "run"}
+SHARED = {"prune", "recover", "run"}
 
 app = typer.Typer(
     name="compressllm",
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(permute.permute)
 app.command()(prune.prune)
+app.command()(recover.recover)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command()(export.export)

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from compressllm.core.run import Label, label_text
+
 T = TypeVar("T")
 
 talk = Console(stderr=True, highlight=False)
@@ -28,7 +30,7 @@ def warn(message: str) -> None:
     say(f"warning: {message}", style="yellow")
 
 
-def show(items: Iterable[T], total: int, label: str) -> Iterable[T]:
+def show(items: Iterable[T], total: int, label: Label) -> Iterable[T]:
     """Progress bar with elapsed and remaining time on stderr."""
     columns = (
         TextColumn("{task.description}"),
@@ -39,10 +41,10 @@ def show(items: Iterable[T], total: int, label: str) -> Iterable[T]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=talk) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(label_text(label), total=total)
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=label_text(label))
 
 
 def print_json(value: Any) -> None:

@@ -35,6 +35,8 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
                 f"{metrics['sparse_ratio']:.4f} of their {bytes_text(metrics['sparse_bytes_dense'])} dense",
                 soft_wrap=True,
             )
+        if "held_out_perplexity" in metrics:
+            results.print(_recovery(metrics), soft_wrap=True)
     models = [stage["model"] for stage in manifest["stages"] if stage["model"]]
     if models:
         results.print(f"model: {out / models[-1]}", soft_wrap=True)
@@ -45,7 +47,19 @@ def _title(stage: dict[str, Any]) -> str:
     if stage["stage"] == "prune":
         method = config["method"]
         return f"prune {method if isinstance(method, str) else next(iter(method))} {config['pattern']}"
+    if stage["stage"] == "recover":
+        return f"recover {config['masking']} {config['losses']}"
     return f"export {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
+
+
+def _recovery(metrics: dict[str, Any]) -> str:
+    measured = metrics["held_out_perplexity"]
+    teacher = f", the teacher's {measured['teacher']:.3f}" if "teacher" in measured else ""
+    gap = f"; {metrics['gap_closed']:.0%} of the gap closed" if metrics["gap_closed"] is not None else ""
+    return (
+        f"recover: perplexity on held-out training text {measured['before']:.3f} -> {measured['after']:.3f}{teacher}"
+        f"{gap}; {metrics['tokens']} tokens at {metrics['tokens_per_second']:.0f} a second"
+    )
 
 
 def _bytes(metrics: dict[str, Any]) -> str:

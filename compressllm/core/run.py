@@ -17,11 +17,19 @@ T = TypeVar("T")
 #: Where a stage keeps, in its folder, how far it is; dropped once the run's manifest has the finished stage.
 JOURNAL = "progress.json"
 
+#: What is being done: always the same, or looked up after every item.
+Label = str | Callable[[], str]
+
 #: Shows progress through items: (items, how many there are, what is being done) -> the same items.
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+Track = Callable[[Iterable[Any], int, Label], Iterable[Any]]
 
 
-def untracked(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+def label_text(label: Label) -> str:
+    """What is being done now."""
+    return label if isinstance(label, str) else label()
+
+
+def untracked(items: Iterable[Any], total: int, label: Label) -> Iterable[Any]:
     """Show nothing."""
     return items
 
@@ -58,7 +66,7 @@ class Run:
         self.warnings.append(message)
         self.on_warning(message)
 
-    def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    def track(self, items: Iterable[T], total: int, label: Label) -> Iterator[T]:
         """Iterate while showing how far it is."""
         yield from self.show(items, total, label)
 

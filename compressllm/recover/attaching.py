@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -39,7 +39,15 @@ def make_masking(
     last = config.steps - round(config.freeze * config.steps)
     if config.masking == "deferred":
         return Deferred(weights, config.strength, config.steps, config.refresh, last)
-    return Adaptive(weights, lambda step: annealed_decay(step, config), config.refresh, last, config.decay == "reversed")
+    return Adaptive(weights, decay_of(config), config.refresh, last, config.decay == "reversed")
+
+
+def decay_of(config: RecoverConfig) -> Callable[[int], float]:
+    """Step, from 0 -> strength of the decay of pruned weights under ast."""
+    if config.decay == "none":
+        return lambda step: 0.0
+    ramp = 0 if config.decay == "static" else round(config.ramp * config.steps)
+    return lambda step: annealed_decay(step, ramp, config.strength)
 
 
 def final_masks(held: Held, masking: Masking, shapes: Mapping[str, torch.Size], sharding: Sharding) -> MaskStore:

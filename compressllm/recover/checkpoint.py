@@ -14,6 +14,7 @@ from torch import Tensor
 from compressllm.core.errors import FormatError, RunError
 from compressllm.core.masks import pack_bits, unpack_bits
 from compressllm.core.run import JOURNAL, write_json
+from compressllm.core.settings import differences
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 from compressllm.recover.masking import Masking
 from compressllm.recover.optimizer import Optimizer
@@ -183,18 +184,6 @@ class Checkpoints:
         for scrap in self._folder.glob("*.partial"):
             shutil.rmtree(scrap)
         return progress
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """Every value that differs, as ``lr: 0.0003 then, 0.001 now``."""
-    found: list[str] = []
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += differences(one, other, f"{path}{key}.")
-        elif one != other:
-            found.append(f"{path}{key}: {one} then, {other} now")
-    return found
 
 
 def _spec(local: Tensor, shape: torch.Size) -> TensorSpec:

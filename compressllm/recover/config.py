@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compressllm.core.config import Config, Device, Pattern
+from compressllm.core.errors import CompressError
+from compressllm.core.protocols import ADAPTERS
+from compressllm.core.registry import Spec, build
+from compressllm.recover.losses import LossWeights
+from compressllm.recover.schedules import learning_rate
+
+T = TypeVar("T")
 
 #: A text source, as `open_source` takes it.
 Source = str | dict[str, dict[str, Any] | None]
@@ -68,8 +76,8 @@ class RecoverConfig(Config):
     """Steps between two choices of the masks, where they move."""
     freeze: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps, the last ones, in which masks do not move any more."""
-    train: str = "all"
-    """What trains: all parameters, or an adapter from `compressllm list adapters`."""
+    train: str | dict[str, dict[str, Any] | None] = "all"
+    """What trains: all parameters, or an adapter from `compressllm list adapters`, or {name: {option: value}}."""
     activation_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
@@ -84,6 +92,18 @@ class RecoverConfig(Config):
     device: Device = "auto"
     """Where training runs."""
 
+    @field_validator("train")
+    @classmethod
+    def _adapter(cls, spec: Spec) -> Spec:
+        if spec != "all":
+            _or_value_error(lambda: build(ADAPTERS, spec))
+        return spec
+
+    @field_validator("losses")
+    @classmethod
+    def _losses(cls, text: str) -> str:
+        return str(_or_value_error(lambda: LossWeights.parse(text)))
+
     @model_validator(mode="after")
     def _consistent(self) -> RecoverConfig:
         if self.mixture and len(self.mixture) != len(self.data):
@@ -92,6 +112,10 @@ class RecoverConfig(Config):
             raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} leave no step between them")
         if self.masking != "fixed" and self.train != "all":
             raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
+        if self.train != "all" and self.sharding != "replicated":
+            raise ValueError(f"train: {self.train} is small enough to be replicated; leave sharding out")
+        if self.teacher is None and LossWeights.parse(self.losses).need_teacher:
+            raise ValueError(f"losses {self.losses} need a teacher; give one, or train with ce=1.0 alone")
         return self
 
     @property
@@ -110,3 +134,24 @@ class RecoverConfig(Config):
         if self.decay_strength is not None:
             return self.decay_strength
         return 4e-7 if self.masking == "deferred" else 1e-4
+
+
+def rate_of(step: int, config: RecoverConfig) -> float:
+    """The learning rate of a step, from 0."""
+    return learning_rate(
+        step,
+        config.steps,
+        config.lr,
+        warmup=config.warmup,
+        shape=config.schedule,
+        floor=config.floor,
+        cooldown=config.cooldown,
+    )
+
+
+def _or_value_error(make: Callable[[], T]) -> T:
+    """What pydantic reports in place of our own error."""
+    try:
+        return make()
+    except CompressError as error:
+        raise ValueError(str(error)) from None

@@ -67,7 +67,7 @@ def _own(bundle: Bundle) -> Held:
     if lost := bundle.masks.keys() - linears.keys():
         raise FormatError(f"{_where(bundle)}has a mask of {min(lost)}, which is no prunable linear of the model")
     patterns: dict[str, SparsityPattern] = {}
-    for name, weight in _weights(bundle, linears):
+    for name, weight in weights_of(bundle, linears):
         keep = bundle.masks[name]
         if outside := int(weight[~keep].count_nonzero()):
             raise FormatError(
@@ -85,7 +85,7 @@ def _own(bundle: Bundle) -> Held:
 
 def _from_zeros(bundle: Bundle) -> Held | None:
     linears, patterns, masks = all_linears(bundle.model), {}, MaskStore()
-    for name, weight in _weights(bundle, linears):
+    for name, weight in weights_of(bundle, linears):
         if (found := find_sparsity(weight)) is not None:
             patterns[name], masks[name] = found
     return Held({name: linears[name] for name in patterns}, patterns, masks, "zeros") if patterns else None
@@ -108,7 +108,7 @@ def _by_size(bundle: Bundle, config: RecoverConfig) -> Held:
     }
     pattern = config.pattern.within("layer") if isinstance(config.pattern, Unstructured) else config.pattern
     masks = MaskStore()
-    for name, weight in _weights(bundle, linears):
+    for name, weight in weights_of(bundle, linears):
         if reason := pattern.refuses(weight.shape):
             raise PatternError(f"{name}: {reason}; name it under skip to leave it dense")
         masks[name] = pattern.keep(weight.float().abs())
@@ -125,7 +125,7 @@ def _check_asked(held: Held, asked: SparsityPattern, bundle: Bundle) -> None:
             raise PatternError(f"{_where(bundle)}{name}: {reason}; give the pattern it was pruned to, or none")
 
 
-def _weights(bundle: Bundle, linears: Mapping[str, PrunableLinear]) -> Iterator[tuple[str, Tensor]]:
+def weights_of(bundle: Bundle, linears: Mapping[str, PrunableLinear]) -> Iterator[tuple[str, Tensor]]:
     """Each linear's (out, in) weight, one in memory at a time where they are on disk."""
     stored = tensor_names(bundle.model, bundle.checkpoint) if bundle.checkpoint else {}
     for name, linear in linears.items():

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from compressllm.core.errors import TrainingError
 from compressllm.core.run import Run
 from compressllm.recover.checkpoint import Checkpoints
-from compressllm.recover.config import RecoverConfig
+from compressllm.recover.config import RecoverConfig, rate_of
 from compressllm.recover.gradients import Gradients, clip_
 from compressllm.recover.headchunks import IGNORED
 from compressllm.recover.masking import Masking
 from compressllm.recover.metrics import Metrics
 from compressllm.recover.optimizer import Optimizer
-from compressllm.recover.order import Order
-from compressllm.recover.schedules import learning_rate
+from compressllm.recover.rows import Order, Rows
 from compressllm.recover.sharding import Sharding
 from compressllm.recover.student import count_labels, mean_nll
 from compressllm.recover.standin import Guide
-from compressllm.recover.standin import WindowData
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Progress:
         seconds: That they took.
         before: Mean cross entropy on the held-out windows before the first step.
         held_out: The same now.
+        lowest: The lowest so far, of what is trained.
         best: The lowest after a step, which step, and the name its weights are kept under unless it is the last.
         masks: What the last choice of masks came to.
     """
@@ -48,6 +47,7 @@ class Progress:
     seconds: float = 0.0
     before: float = math.inf
     held_out: float = math.inf
+    lowest: float = math.inf
     best: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, float] = field(default_factory=dict)
 
@@ -59,8 +59,8 @@ class Training:
     accelerator: Accelerator
     student: nn.Module
     guide: Guide
-    data: WindowData
-    held_out: WindowData
+    data: Rows
+    held_out: Rows
     optimizer: Optimizer
     gradients: Gradients
     masking: Masking
@@ -116,7 +116,7 @@ class Training:
         self.sharding.sum_gradients_(gradients)
         self.masking.clean_(gradients)
         norm = clip_(gradients, self.config.clip, self.sharding.total_of_shards)
-        rate = learning_rate(step, self.config)
+        rate = rate_of(step, self.config)
         self.optimizer.step_(gradients, rate)
         self.gradients.clear_()
         took = time.perf_counter() - begun
@@ -130,7 +130,7 @@ class Training:
     def _batches(self, step: int, order: Order) -> list[dict[str, Tensor]]:
         """This process's micro-batches of a step: of its windows every so many-th."""
         count, ranks, size = self.config.windows_per_step, self.sharding.ranks, self.config.micro_batch
-        mine = [order[step * count + sample] for sample in range(ranks.rank, count, ranks.size)]
+        mine = order.indices(step * count, count, ranks.rank, ranks.size)
         return [self.data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
 
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,22 +160,28 @@ class Training:
 
         Raises: TrainingError if it is not finite, or has risen too far over its lowest.
         """
-        with self.optimizer.as_result():
-            total, count = mean_nll(self.student, map(self._on_device, self._held_out()))
-        total, count = self.sharding.total(torch.tensor([total, float(count)], dtype=torch.float64)).tolist()
-        progress.held_out = nll = total / max(count, 1.0)
+        trained = nll = self._held_out_nll()
+        if self.masking.name == "deferred":  # what is trained is dense, and is no worse for what a mask makes of it
+            with self.optimizer.as_result():
+                nll = self._held_out_nll()
+        progress.held_out = nll
         metrics.write(step=progress.step, held_out_nll=nll, held_out_perplexity=math.exp(min(nll, 700.0)))
-        lowest = min(progress.before, progress.best.get("nll", math.inf))
-        if not nll <= lowest + self.config.diverged:
+        if not trained <= progress.lowest + self.config.diverged:
             raise TrainingError(
-                f"step {progress.step} of {self.config.steps}: the held-out loss is {nll:.3f} where it was {lowest:.3f}: "
-                f"training diverged; lower lr{self._kept()}"
+                f"step {progress.step} of {self.config.steps}: the held-out loss is {trained:.3f} where it was "
+                f"{progress.lowest:.3f}: training diverged; lower lr{self._kept()}"
             )
+        progress.lowest = min(progress.lowest, trained)
         if progress.step and nll < progress.best.get("nll", math.inf):
             last = progress.step == self.config.steps
             name = None if last else self.checkpoints.save_best(progress.step)
             progress.best = {"nll": nll, "step": progress.step, "name": name}
         return nll
+
+    def _held_out_nll(self) -> float:
+        total, count = mean_nll(self.student, map(self._on_device, self._held_out()))
+        total, count = self.sharding.total(torch.tensor([total, float(count)], dtype=torch.float64)).tolist()
+        return total / max(count, 1.0)
 
     def _held_out(self) -> Iterator[dict[str, Tensor]]:
         """This process's held-out windows. Sharded, all take part in each forward, if with one that is not counted."""

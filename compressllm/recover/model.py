@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from compressllm.core.compute import choose_device
 from compressllm.core.errors import FormatError, RecipeError
+from compressllm.core.protocols import ADAPTERS
+from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
@@ -28,8 +29,9 @@ from compressllm.recover.losses import LossWeights
 from compressllm.recover.optimizer import Optimizer
 from compressllm.recover.publish import publish, put_back_
 from compressllm.recover.sharding import Sharding, make_sharding
-from compressllm.recover.standin import load_text, make_guide
+from compressllm.recover.standin import make_guide
 from compressllm.recover.student import Student, checkpoint_activations_
+from compressllm.recover.textdata import load_text
 
 
 def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run | None = None) -> Bundle:
@@ -49,7 +51,18 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     accelerator, sharding = accelerator_for(device, run.ranks), make_sharding(config.sharding, run.ranks, device)
     _check_share(config, sharding)
     held = find_held(bundle, config, run)
-    data, held_out = load_text(config, bundle.tokenizer)
+    data = load_text(
+        config.data,
+        bundle.tokenizer,
+        config.seqlen,
+        config.mixture,
+        config.held_out,
+        max_tokens=config.max_tokens,
+        max_seqlen=bundle.max_seqlen,
+        vocab_size=bundle.vocab_size,
+    )
+    for note in data.notes:
+        run.warn(note)
 
     dtype = _compute_dtype(bundle, config, device)
     model = bundle.live(dtype, device)
@@ -57,6 +70,10 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     student: nn.Module = Student(model, config.temperature)
     guide = make_guide(config, bundle, model, device, dtype)
     blocks = find_blocks(model).modules
+    adapter = None if config.train == "all" else build(ADAPTERS, config.train, {"seed": run.seed})
+    plain = set(dict(model.named_parameters()))
+    if adapter:
+        adapter.attach_(model, held.masks)
     if config.activation_checkpointing:
         checkpoint_activations_(blocks)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -73,7 +90,7 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     fingerprint = {
         "settings": config.model_dump(mode="json"),
         "seed": run.seed,
-        "data": data.sha256,
+        "data": data.train.sha256,
         "masks": held.masks.sha256(),
         **computed_on(bundle.checkpoint, dtype, device),
     }
@@ -81,21 +98,38 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     checkpoints = Checkpoints(run.folder, fingerprint, shapes, optimizer, masking, sharding)
     gradients = Gradients(parameters, sharding.local)
     training = Training(
-        accelerator, student, guide, data, held_out, optimizer, gradients, masking, sharding, checkpoints, config, run
+        accelerator, student, guide, data.train, data.held_out, optimizer, gradients, masking, sharding, checkpoints, config, run
     )
     progress = training.train_()
 
     masks = final_masks(held, masking, shapes, sharding)
 
+    changed = set(shapes)
+    if adapter:
+        for name, parameter in parameters.items():
+            parameter.data = optimizer.weights[name]
+        adapter.merge_(model)
+        changed = {name if name in plain else f"{name.rpartition('.')[0]}.weight" for name in shapes}
+
     def trained(name: str) -> Tensor | None:
-        return sharding.whole(optimizer.result(name), shapes[name]) if name in shapes else None
+        if name not in changed:
+            return None
+        return model.get_parameter(name).detach() if adapter else sharding.whole(optimizer.result(name), shapes[name])
 
     if bundle.checkpoint is not None and run.folder is not None:
         recovered = publish(bundle, run.folder, held, masks, trained, run.ranks)
     else:
         recovered = put_back_(bundle, held, masks, trained)
     checkpoints.clean()
-    run.metrics.update(_facts(progress, config, held.origin, recovered, dtype, device, run))
+    run.metrics.update(_facts(progress, recovered, None))
+    run.metrics.update(
+        masks_from=held.origin,
+        trained_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        data=data.facts,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        processes=run.ranks.size,
+    )
     return recovered
 
 
@@ -129,31 +163,22 @@ def _take_stored_(optimizer: Optimizer, bundle: Bundle, dtype: torch.dtype, shar
             optimizer.weights[name].copy_(sharding.rows(bundle.checkpoint.read(stored)))
 
 
-def _facts(
-    progress: Progress,
-    config: RecoverConfig,
-    origin: str,
-    recovered: Bundle,
-    dtype: torch.dtype,
-    device: torch.device,
-    run: Run,
-) -> dict[str, Any]:
-    """What the manifest has of the training."""
-    best = progress.best
+def _facts(progress: Progress, recovered: Bundle, teacher_nll: float | None) -> dict[str, Any]:
+    """What training came to, for the manifest. The gap is that between the teacher and the student before."""
+    before, after = progress.before, progress.best["nll"]
+    perplexities = {"before": before, "after": after, "teacher": teacher_nll}
+    told = {name: math.exp(min(nll, 700.0)) for name, nll in perplexities.items() if nll is not None}
+    gap = told["before"] - told.get("teacher", math.inf)
     return {
         "linears": len(recovered.masks),
         "sparsity": recovered.masks.sparsity(),
         "masks_sha256": recovered.masks.sha256(),
-        "masks_from": origin,
         "steps": progress.step,
-        "best_step": best["step"],
+        "best_step": progress.best["step"],
         "tokens": progress.tokens,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "held_out_perplexity_before": math.exp(min(progress.before, 700.0)),
-        "held_out_perplexity": math.exp(min(best["nll"], 700.0)),
+        "held_out_perplexity": told,
+        "gap_closed": (told["before"] - told["after"]) / gap if math.isfinite(gap) and gap > 0 else None,
         "masks_last_refresh": progress.masks or None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
-        "processes": run.ranks.size,
     }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -41,26 +40,21 @@ class Student(nn.Module):
 
         Args:
             batch: ``input_ids`` and ``labels`` (B, S) and what else the model's forward takes. A label is the token
-                at its own position, predicted from the one before; `IGNORED` where none is.
+                that follows its position; `IGNORED` where none is predicted.
         """
         hidden = hidden_states(self.model, batch)
         module = self.model.get_output_embeddings()
         # Looked up at every call: sharding puts another tensor there.
         head = replace(self._head, weight=module.weight, bias=getattr(module, "bias", None))
         return head_loss(
-            hidden.flatten(0, 1), head, next_labels(batch["labels"]), teacher, weights, self._temperature,
+            hidden.flatten(0, 1), head, batch["labels"].flatten(), teacher, weights, self._temperature,
             denominator=denominator,
         )  # fmt: skip
 
 
-def next_labels(labels: Tensor) -> Tensor:
-    """(B, S) labels -> (B * S,) the label that each position predicts; none at a window's end."""
-    return pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-
-
 def count_labels(batch: Mapping[str, Tensor]) -> int:
     """Tokens that are predicted."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return int((batch["labels"] != IGNORED).sum())
 
 
 def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:

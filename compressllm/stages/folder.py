@@ -13,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from compressllm.core.errors import CompressError, RunError
+from compressllm.core.errors import CompressError, RunError, TrainingError
+from compressllm.core.settings import differences
 from compressllm.core.run import JOURNAL, write_atomically, write_json
 from compressllm.stages.environment import environment
 from compressllm.stages.recipe import Recipe
+from compressllm.stages.yamltext import parse_yaml
 
 MANIFEST, RECIPE, MODEL = "manifest.json", "recipe.yaml", "model"
 
@@ -25,7 +27,7 @@ class RunFolder:
     """A run folder, locked while it is open.
 
     If the run fails on its input before any stage is finished, a folder that this object made is removed again;
-    whatever else happens, finished work stays and can be resumed.
+    whatever else happens, finished work and the checkpoints of a training that diverged stay.
 
     Args:
         path: New or empty folder, or one that an interrupted run of the same recipe left.
@@ -59,7 +61,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
-        if self.made and isinstance(error, CompressError) and not self.manifest["stages"]:
+        kept = isinstance(error, TrainingError) and any(self.path.glob(f"*/{JOURNAL}"))
+        if self.made and isinstance(error, CompressError) and not self.manifest["stages"] and not kept:
             shutil.rmtree(self.path)
         else:
             (self.path / ".lock").unlink(missing_ok=True)
@@ -125,8 +128,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{self.path}: holds a damaged run; remove it or give a new folder") from None
         if before != recipe.to_yaml():
-            raise RunError(f"{self.path}: holds a run of another recipe; give a new folder, or the same recipe again")
+            raise RunError(
+                f"{self.path}: holds a run of another recipe ({_differences(before, recipe)}); "
+                "give a new folder, or the same recipe again"
+            )
         return manifest
+
+
+def _differences(before: str, recipe: Recipe) -> str:
+    """All settings that differ between a run's recipe, as YAML, and another."""
+    return "; ".join(differences(parse_yaml(before, RECIPE)[0], recipe.model_dump(mode="json"))) or "of another version"
 
 
 @contextlib.contextmanager

@@ -93,6 +93,8 @@ def check_sources(recipe: Recipe) -> None:
         for holder in (config, getattr(config, "calibration", None)):
             if spec := getattr(holder, "source", None):
                 open_source(spec)
+        for spec in getattr(config, "data", ()):
+            open_source(spec)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

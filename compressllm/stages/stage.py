@@ -11,6 +11,7 @@ from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.export.config import ExportConfig
 from compressllm.prune.config import PermuteConfig, PruneConfig
+from compressllm.recover.config import RecoverConfig
 
 if TYPE_CHECKING:
     from compressllm.models.bundle import Bundle
@@ -71,6 +72,23 @@ def _plan_permute(bundle: Bundle, config: PermuteConfig) -> str:
     return f"channels for {config.pattern} by {config.score}: {', '.join(counts)}"
 
 
+def _recover(bundle: Bundle, config: RecoverConfig, run: Run) -> Bundle:
+    from compressllm.recover.model import recover_model
+
+    return recover_model(bundle, config, run)
+
+
+def _plan_recover(bundle: Bundle, config: RecoverConfig) -> str:
+    from compressllm.models.loading import resolve_model
+
+    if config.teacher is not None:
+        resolve_model(config.teacher)
+    return (
+        f"{config.masking} masks, losses {config.losses}, {config.steps} steps of "
+        f"{config.windows_per_step * config.seqlen} tokens"
+    )
+
+
 def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
     from compressllm.stages.export import export_stage
 
@@ -88,6 +106,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("permute", PermuteConfig, _permute, _plan_permute, writes_model=True),
         Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
+        Stage("recover", RecoverConfig, _recover, _plan_recover, writes_model=True, shared=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
         Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
     )

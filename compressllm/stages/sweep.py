@@ -16,7 +16,7 @@ from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import CompressError, RunError
 from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.registry import split_spec
-from compressllm.core.run import Run, Track, untracked, write_atomically, write_json
+from compressllm.core.run import Run, Track, label_text, untracked, write_atomically, write_json
 from compressllm.eval.knee import farthest_from_chord, last_within
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.record import computed_on
@@ -176,7 +176,7 @@ def find_knees(points: list[dict[str, Any]], rise: float) -> dict[str, Any]:
 
 
 def _labelled(show: Track, before: str) -> Track:
-    return lambda items, total, label: show(items, total, before + label)
+    return lambda items, total, label: show(items, total, before + label_text(label))
 
 
 def _place(point: dict[str, Any]) -> dict[str, Any]:
