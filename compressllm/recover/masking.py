@@ -92,7 +92,10 @@ class Masking:
             gradients[name].mul_(one.keep)
 
     def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
-        """What Adam divides by its root mean square: the momentum and the decay of pruned weights, a new tensor."""
+        """What Adam divides by its root mean square: the momentum, corrected for its bias, and the decay of pruned weights.
+
+        May overwrite ``momentum``.
+        """
         raise NotImplementedError
 
     def forward_weight(self, name: str, weight: Tensor) -> Tensor:
@@ -155,8 +158,8 @@ class Adaptive(Masking):
         keep, strength = self.weights[name].keep, self._decay(step)
         if self._reversed:
             pruned, kept = REVERSED
-            return torch.addcmul(momentum, weight, torch.where(keep, kept * strength, pruned * strength))
-        return weight.masked_fill(keep, 0.0).mul_(strength).add_(momentum)
+            return momentum.addcmul_(weight, torch.where(keep, kept * strength, pruned * strength))
+        return momentum.add_(weight.masked_fill(keep, 0.0), alpha=strength)
 
     def forward_weight(self, name: str, weight: Tensor) -> Tensor:
         """M * W."""

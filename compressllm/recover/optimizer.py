@@ -112,11 +112,13 @@ class Optimizer:
         """The update of a weight under a mask that moves; one tensor at a time, so that it stays in the caches."""
         (beta1, beta2), weight = self._betas, self.weights[name]
         momentum, square = self.first[name], self.second[name]
+        done = self.steps + 1
         momentum.lerp_(gradient, 1 - beta1)
-        direction = self._masking.direction(name, momentum, weight, self.steps)
+        # AST and CAST square the momentum before they correct its bias, so that a first step is ten times the learning
+        # rate, which their warm-up of hundreds of steps hides; corrected first, it is one.
+        direction = self._masking.direction(name, momentum / (1 - beta1**done), weight, self.steps)
         square.mul_(beta2).addcmul_(direction, direction, value=1 - beta2)
         if self._weight_decay:
             weight.sub_(weight * self._masking.weights[name].keep, alpha=lr * self._weight_decay)
-        done = self.steps + 1
         denominator = square.sqrt().div_(math.sqrt(1 - beta2**done)).add_(_EPSILON)
-        weight.addcdiv_(direction, denominator, value=-lr / (1 - beta1**done))
+        weight.addcdiv_(direction, denominator, value=-lr)
