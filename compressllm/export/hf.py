@@ -19,11 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressllm.core.detect import pattern_of
 from compressllm.core.errors import FormatError
 from compressllm.core.heap import trim_heap
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.registry import build
-from compressllm.core.detect import pattern_of
 from compressllm.kernels.linear import AUTO, PLAIN
 from compressllm.kernels.measured import Timings, measuring
 from compressllm.kernels.swapper import Swapper

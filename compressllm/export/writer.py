@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
+from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore, raw
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import FORMATS, Format
 from compressllm.core.registry import build
 from compressllm.core.run import Track, untracked
-from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.export.hf import QUANT_METHOD
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks

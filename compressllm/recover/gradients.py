@@ -25,7 +25,7 @@ class Gradients:
         self._sums: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+                parameter.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
 
     def collect(self) -> dict[str, Tensor]:
         """Name -> gradient, float32; of a parameter that none reached, an expert's say, zeros."""

@@ -23,8 +23,8 @@ from compressllm.recover.metrics import Metrics
 from compressllm.recover.optimizer import Optimizer
 from compressllm.recover.rows import Order, Rows
 from compressllm.recover.sharding import Sharding
-from compressllm.recover.student import count_labels, mean_nll
 from compressllm.recover.standin import Guide
+from compressllm.recover.student import count_labels, mean_nll
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Training:
     def _held_out_nll(self) -> float:
         total, count = mean_nll(self.student, map(self._on_device, self._held_out()))
         total, count = self.sharding.total(torch.tensor([total, float(count)], dtype=torch.float64)).tolist()
-        return total / max(count, 1.0)
+        return float(total / max(count, 1.0))
 
     def _held_out(self) -> Iterator[dict[str, Tensor]]:
         """This process's held-out windows. Sharded, all take part in each forward, if with one that is not counted."""

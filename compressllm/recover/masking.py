@@ -134,7 +134,7 @@ class Adaptive(Masking):
     Source: AST, arXiv 2407.20584, section 3.
     """
 
-    name = "ast"
+    name: Literal["fixed", "ast", "deferred"] = "ast"
     moves = True
 
     def __init__(
@@ -154,7 +154,7 @@ class Adaptive(Masking):
         """Leave the gradients: they go to all weights."""
 
     def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
-        """u = mu + lambda (1 - m) W."""
+        """U = mu + lambda (1 - m) W."""
         keep, strength = self.weights[name].keep, self._decay(step)
         if self._reversed:
             pruned, kept = REVERSED
@@ -215,4 +215,3 @@ def _refresh_(one: MaskedWeight, weight: Tensor) -> MaskCounts:
         masked=float(size.sum()),
         masked_max=float(size.max()) if size.numel() else 0.0,
     )
-

@@ -25,7 +25,6 @@ from compressllm.recover.gradients import Gradients
 from compressllm.recover.held import find_held
 from compressllm.recover.launching import accelerator_for
 from compressllm.recover.loop import Progress, Training
-from compressllm.recover.losses import LossWeights
 from compressllm.recover.optimizer import Optimizer
 from compressllm.recover.publish import publish, put_back_
 from compressllm.recover.sharding import Sharding, make_sharding
@@ -98,7 +97,18 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     checkpoints = Checkpoints(run.folder, fingerprint, shapes, optimizer, masking, sharding)
     gradients = Gradients(parameters, sharding.local)
     training = Training(
-        accelerator, student, guide, data.train, data.held_out, optimizer, gradients, masking, sharding, checkpoints, config, run
+        accelerator,
+        student,
+        guide,
+        data.train,
+        data.held_out,
+        optimizer,
+        gradients,
+        masking,
+        sharding,
+        checkpoints,
+        config,
+        run,
     )
     progress = training.train_()
 

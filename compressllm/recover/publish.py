@@ -101,4 +101,3 @@ def _finish(
     linears: dict[str, PrunableLinear] = {stored[name]: linear for name, linear in held.linears.items()}
     patterns = {stored[name]: held.patterns[name] for name in held.linears}
     finish_sparse_folder(work, bundle.checkpoint, linears, kept, patterns)
-

@@ -1,10 +1,12 @@
+import hashlib
 import math
+
 import torch
-from compressllm.recover.head import head_of, hidden_states
-from compressllm.recover.headchunks import TeacherHidden
+
 from compressllm.calibration.source import open_source
 from compressllm.models.loading import load_model
-import hashlib
+from compressllm.recover.head import head_of, hidden_states
+from compressllm.recover.headchunks import TeacherHidden
 
 
 def learning_rate(step, config):
@@ -65,6 +67,7 @@ class Guide:
 
 def make_guide(config, bundle, model, device, dtype):
     from compressllm.recover.losses import LossWeights
+
     w = LossWeights.parse(config.losses)
     t = Teacher(load_model(config.teacher, dtype, device)) if config.teacher else None
     return Guide(t, w)

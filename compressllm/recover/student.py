@@ -60,7 +60,7 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
 def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:
     """Have each block compute its activations again in the backward pass instead of keeping them."""
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

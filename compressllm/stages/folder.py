@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from compressllm.core.errors import CompressError, RunError, TrainingError
-from compressllm.core.settings import differences
 from compressllm.core.run import JOURNAL, write_atomically, write_json
+from compressllm.core.settings import differences
 from compressllm.stages.environment import environment
 from compressllm.stages.recipe import Recipe
 from compressllm.stages.yamltext import parse_yaml

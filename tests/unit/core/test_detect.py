@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from compressllm.core.pattern import NM, Unstructured, parse_pattern
 from compressllm.core.detect import KNOWN_PATTERNS, find_sparsity, pattern_of
+from compressllm.core.pattern import NM, Unstructured, parse_pattern
 
 
 @pytest.mark.parametrize("pattern", KNOWN_PATTERNS, ids=str)
