@@ -52,7 +52,8 @@ def head_loss(
     if not (weights.kl or weights.reverse_kl):
         teacher = None
     inputs = (hidden, head.weight, head.bias)
-    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    graph = weights.at_head and torch.is_grad_enabled()
+    wanted = [graph and x is not None and x.requires_grad for x in inputs]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         task = HeadTask(hidden, head, labels, teacher, weights, temperature, chunk)
         totals, gradients = sum_over_chunks(task, wanted)

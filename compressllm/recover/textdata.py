@@ -84,6 +84,7 @@ def load_text(
     shares: Sequence[float] = (),
     held_out: float = 0.02,
     *,
+    most_held_out: int = 64,
     max_tokens: int | None = None,
     max_seqlen: int | None = None,
     vocab_size: int | None = None,
@@ -97,7 +98,8 @@ def load_text(
     Args:
         tokenizer: The student's; None will do for token ids.
         shares: Of the windows, how many come from each source; in proportion to their length if empty.
-        held_out: Fraction of all windows; at least one.
+        held_out: Fraction of all windows; at least one of each source that has two.
+        most_held_out: As many windows at most, but for that one a source: looking at them takes time as well.
         max_tokens: What is to be trained on, to tell in time how many passes that takes.
         max_seqlen: The longest window the model takes, if there is a limit.
         vocab_size: Token ids must lie below it; None leaves that unchecked.
@@ -110,7 +112,8 @@ def load_text(
     sizes = [len(one.ids) for one in read]
     total = sum(sizes)
     parts = [share / sum(shares) for share in shares] or [size / total for size in sizes]
-    apart = [min(size // 2, max(1, round(held_out * total * part))) for size, part in zip(sizes, parts, strict=True)]
+    aim = min(held_out * total, most_held_out)
+    apart = [min(size // 2, max(1, round(aim * part))) for size, part in zip(sizes, parts, strict=True)]
     if not sum(apart):
         raise CalibrationError(
             f"data: {', '.join(one.name for one in read)}: 1 window of {seqlen} tokens each; one to train on and one "
