@@ -62,12 +62,12 @@ class RecoverConfig(Config):
     masking: Literal["fixed", "ast", "deferred"] = "fixed"
     """Whether masks stay (fixed), move while pruned weights decay (ast), or act in the optimizer only (deferred)."""
     pattern: Pattern | None = None
-    """What to hold the weights to, if the student does not say. A dense student needs it: its first masks are by size."""
+    """What a dense student is trained to, whose first masks are by size; a pruned one is checked against it."""
     skip: tuple[str, ...] = ()
     """Globs of linears that stay dense, of a dense student."""
     decay: Literal["annealed", "static", "reversed", "none"] = "annealed"
-    """Of pruned weights under ast: rising to its full strength, at it from the start, or, as experiments, with the wrong
-    sign or not at all."""
+    """Of pruned weights under ast: rising to its full strength, at it from the start; experiments: with the wrong sign,
+    or none."""
     decay_strength: float | None = Field(default=None, ge=0)
     """Full strength of that decay; 1e-4 under ast and 4e-7 under deferred unless given."""
     ramp: float = Field(default=0.25, gt=0, le=1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -17,39 +16,14 @@ from compressllm.core.run import Run
 from compressllm.recover.checkpoint import Checkpoints
 from compressllm.recover.config import RecoverConfig, rate_of
 from compressllm.recover.gradients import Gradients, clip_
-from compressllm.recover.headchunks import IGNORED
+from compressllm.recover.guide import Guide
+from compressllm.recover.heldout import HeldOut, count_labels
 from compressllm.recover.masking import Masking
 from compressllm.recover.metrics import Metrics
 from compressllm.recover.optimizer import Optimizer
+from compressllm.recover.progress import Progress
 from compressllm.recover.rows import Order, Rows
 from compressllm.recover.sharding import Sharding
-from compressllm.recover.standin import Guide
-from compressllm.recover.student import count_labels, mean_nll
-
-
-@dataclass
-class Progress:
-    """How far training is, and what was measured on the way; kept in checkpoints.
-
-    Args:
-        step: Steps done.
-        tokens: That they were trained on, over all processes.
-        seconds: That they took.
-        before: Mean cross entropy on the held-out windows before the first step.
-        held_out: The same now.
-        lowest: The lowest so far, of what is trained.
-        best: The lowest after a step, which step, and the name its weights are kept under unless it is the last.
-        masks: What the last choice of masks came to.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    before: float = math.inf
-    held_out: float = math.inf
-    lowest: float = math.inf
-    best: dict[str, Any] = field(default_factory=dict)
-    masks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,7 +34,7 @@ class Training:
     student: nn.Module
     guide: Guide
     data: Rows
-    held_out: Rows
+    held_out: HeldOut
     optimizer: Optimizer
     gradients: Gradients
     masking: Masking
@@ -81,6 +55,8 @@ class Training:
         if not done:
             self.checkpoints.begin()
             progress.before = self._measure(progress, metrics)
+            if self.guide.teacher:
+                progress.teacher = self.held_out.teacher_nll(self.guide.teacher)
         period = max(1, round(self.config.evaluate_every * steps))
         order = Order(len(self.data), self.run.seed)
         self._label = "recovering"
@@ -128,7 +104,7 @@ class Training:
         return {**losses, "lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
 
     def _batches(self, step: int, order: Order) -> list[dict[str, Tensor]]:
-        """This process's micro-batches of a step: of its windows every so many-th."""
+        """Micro-batches of a step that are this process's: of the windows every so many-th."""
         count, ranks, size = self.config.windows_per_step, self.sharding.ranks, self.config.micro_batch
         mine = order.indices(step * count, count, ranks.rank, ranks.size)
         return [self.data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
@@ -160,10 +136,10 @@ class Training:
 
         Raises: TrainingError if it is not finite, or has risen too far over its lowest.
         """
-        trained = nll = self._held_out_nll()
+        trained = nll = self.held_out.student_nll(self.student)
         if self.masking.name == "deferred":  # what is trained is dense, and is no worse for what a mask makes of it
             with self.optimizer.as_result():
-                nll = self._held_out_nll()
+                nll = self.held_out.student_nll(self.student)
         progress.held_out = nll
         metrics.write(step=progress.step, held_out_nll=nll, held_out_perplexity=math.exp(min(nll, 700.0)))
         if not trained <= progress.lowest + self.config.diverged:
@@ -177,19 +153,6 @@ class Training:
             name = None if last else self.checkpoints.save_best(progress.step)
             progress.best = {"nll": nll, "step": progress.step, "name": name}
         return nll
-
-    def _held_out_nll(self) -> float:
-        total, count = mean_nll(self.student, map(self._on_device, self._held_out()))
-        total, count = self.sharding.total(torch.tensor([total, float(count)], dtype=torch.float64)).tolist()
-        return float(total / max(count, 1.0))
-
-    def _held_out(self) -> Iterator[dict[str, Tensor]]:
-        """This process's held-out windows. Sharded, all take part in each forward, if with one that is not counted."""
-        ranks, size = self.sharding.ranks, self.config.micro_batch
-        for start in range(0, len(self.held_out), size * ranks.size):
-            mine = range(start + ranks.rank, len(self.held_out), ranks.size)[:size]
-            batch = self.held_out.batch(list(mine) or [0])
-            yield batch if mine else batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
     def _kept(self) -> str:
         saved = self.checkpoints.facts.get("step")

@@ -92,7 +92,7 @@ class Masking:
             gradients[name].mul_(one.keep)
 
     def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
-        """What Adam divides by its root mean square: the momentum, corrected for its bias, and the decay of pruned weights.
+        """What Adam divides by its root mean square: momentum, corrected for its bias, and the decay of pruned weights.
 
         May overwrite ``momentum``.
         """

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressllm.core.compute import choose_device
 from compressllm.core.errors import FormatError, RecipeError
-from compressllm.core.protocols import ADAPTERS
+from compressllm.core.protocols import ADAPTERS, Adapter
 from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.models.blocks import find_blocks
@@ -18,17 +18,20 @@ from compressllm.models.bundle import Bundle
 from compressllm.models.linears import held_otherwise
 from compressllm.models.loading import tensor_names
 from compressllm.models.record import computed_on
+from compressllm.recover.adapters.trainable import trainable
 from compressllm.recover.attaching import final_masks, make_masking
 from compressllm.recover.checkpoint import Checkpoints
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.gradients import Gradients
+from compressllm.recover.guide import make_guide
 from compressllm.recover.held import find_held
+from compressllm.recover.heldout import HeldOut
 from compressllm.recover.launching import accelerator_for
-from compressllm.recover.loop import Progress, Training
+from compressllm.recover.loop import Training
+from compressllm.recover.losses import LossWeights
 from compressllm.recover.optimizer import Optimizer
-from compressllm.recover.publish import publish, put_back_
+from compressllm.recover.publish import Trained, publish, put_back_
 from compressllm.recover.sharding import Sharding, make_sharding
-from compressllm.recover.standin import make_guide
 from compressllm.recover.student import Student, checkpoint_activations_
 from compressllm.recover.textdata import load_text
 
@@ -67,25 +70,22 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     model = bundle.live(dtype, device)
     model.requires_grad_(True)
     student: nn.Module = Student(model, config.temperature)
-    guide = make_guide(config, bundle, model, device, dtype)
-    blocks = find_blocks(model).modules
+    guide = make_guide(LossWeights.parse(config.losses), config.teacher, bundle, model, device, dtype)
     adapter = None if config.train == "all" else build(ADAPTERS, config.train, {"seed": run.seed})
     plain = set(dict(model.named_parameters()))
     if adapter:
         adapter.attach_(model, held.masks)
+    blocks = find_blocks(model).modules
     if config.activation_checkpointing:
         checkpoint_activations_(blocks)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
     sharding.wrap_(student, blocks)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = trainable(model)
     masking = make_masking(held, parameters, shapes, config, sharding)
-    optimizer = Optimizer(
-        {name: sharding.local(parameter.detach()) for name, parameter in parameters.items()},
-        masking,
-        config.betas,
-        config.weight_decay,
-    )
+    local = {name: sharding.local(parameter.detach()) for name, parameter in parameters.items()}
+    optimizer = Optimizer(local, masking, config.betas, config.weight_decay)
     _take_stored_(optimizer, bundle, dtype, sharding)
+
     fingerprint = {
         "settings": config.model_dump(mode="json"),
         "seed": run.seed,
@@ -95,52 +95,57 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     }
     run.ranks.agree(fingerprint)
     checkpoints = Checkpoints(run.folder, fingerprint, shapes, optimizer, masking, sharding)
-    gradients = Gradients(parameters, sharding.local)
     training = Training(
-        accelerator,
-        student,
-        guide,
-        data.train,
-        data.held_out,
-        optimizer,
-        gradients,
-        masking,
-        sharding,
-        checkpoints,
-        config,
-        run,
+        config=config,
+        accelerator=accelerator,
+        student=student,
+        guide=guide,
+        data=data.train,
+        held_out=HeldOut(data.held_out, sharding, config.micro_batch),
+        optimizer=optimizer,
+        gradients=Gradients(parameters, sharding.local),
+        masking=masking,
+        sharding=sharding,
+        checkpoints=checkpoints,
+        run=run,
     )
     progress = training.train_()
 
-    masks = final_masks(held, masking, shapes, sharding)
-
-    changed = set(shapes)
     if adapter:
-        for name, parameter in parameters.items():
-            parameter.data = optimizer.weights[name]
-        adapter.merge_(model)
-        changed = {name if name in plain else f"{name.rpartition('.')[0]}.weight" for name in shapes}
-
-    def trained(name: str) -> Tensor | None:
-        if name not in changed:
-            return None
-        return model.get_parameter(name).detach() if adapter else sharding.whole(optimizer.result(name), shapes[name])
-
+        trained = _merged(adapter, model, parameters, optimizer, plain)
+    else:
+        trained = lambda name: sharding.whole(optimizer.result(name), shapes[name]) if name in shapes else None  # noqa: E731
+    masks = final_masks(held, masking, shapes, sharding)
     if bundle.checkpoint is not None and run.folder is not None:
         recovered = publish(bundle, run.folder, held, masks, trained, run.ranks)
     else:
         recovered = put_back_(bundle, held, masks, trained)
     checkpoints.clean()
-    run.metrics.update(_facts(progress, recovered, None))
     run.metrics.update(
+        linears=len(recovered.masks),
+        sparsity=recovered.masks.sparsity(),
+        masks_sha256=recovered.masks.sha256(),
         masks_from=held.origin,
         trained_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        **progress.facts(),
         data=data.facts,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        gpu_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         processes=run.ranks.size,
     )
     return recovered
+
+
+def _merged(
+    adapter: Adapter, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, plain: set[str]
+) -> Trained:
+    """Merge an adapter into the model, in place; gives the values of what it changed, of parameters named ``plain``."""
+    for name, parameter in parameters.items():
+        parameter.data = optimizer.weights[name]
+    adapter.merge_(model)
+    changed = {name if name in plain else f"{name.rpartition('.')[0]}.weight" for name in parameters}
+    return lambda name: model.get_parameter(name).detach() if name in changed else None
 
 
 def _check_share(config: RecoverConfig, sharding: Sharding) -> None:
@@ -171,24 +176,3 @@ def _take_stored_(optimizer: Optimizer, bundle: Bundle, dtype: torch.dtype, shar
         spec = bundle.checkpoint.specs[stored]
         if name in optimizer.weights and name not in special and spec.dtype.itemsize > dtype.itemsize:
             optimizer.weights[name].copy_(sharding.rows(bundle.checkpoint.read(stored)))
-
-
-def _facts(progress: Progress, recovered: Bundle, teacher_nll: float | None) -> dict[str, Any]:
-    """What training came to, for the manifest. The gap is that between the teacher and the student before."""
-    before, after = progress.before, progress.best["nll"]
-    perplexities = {"before": before, "after": after, "teacher": teacher_nll}
-    told = {name: math.exp(min(nll, 700.0)) for name, nll in perplexities.items() if nll is not None}
-    gap = told["before"] - told.get("teacher", math.inf)
-    return {
-        "linears": len(recovered.masks),
-        "sparsity": recovered.masks.sparsity(),
-        "masks_sha256": recovered.masks.sha256(),
-        "steps": progress.step,
-        "best_step": progress.best["step"],
-        "tokens": progress.tokens,
-        "training_seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "held_out_perplexity": told,
-        "gap_closed": (told["before"] - told["after"]) / gap if math.isfinite(gap) and gap > 0 else None,
-        "masks_last_refresh": progress.masks or None,
-    }

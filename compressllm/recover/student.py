@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compressllm.recover.head import head_of, hidden_states
-from compressllm.recover.headchunks import IGNORED, Teacher
+from compressllm.recover.headchunks import Teacher
 from compressllm.recover.headloss import head_loss
 from compressllm.recover.losses import LossWeights
 
@@ -52,23 +50,7 @@ class Student(nn.Module):
         )  # fmt: skip
 
 
-def count_labels(batch: Mapping[str, Tensor]) -> int:
-    """Tokens that are predicted."""
-    return int((batch["labels"] != IGNORED).sum())
-
-
 def checkpoint_activations_(blocks: Iterable[nn.Module]) -> None:
     """Have each block compute its activations again in the backward pass instead of keeping them."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-@torch.no_grad()
-def mean_nll(student: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
-    """Summed cross entropy of the labels, in nats, and how many there are."""
-    total, count = 0.0, 0
-    for batch in batches:
-        _, parts = student(batch, None, LossWeights(ce=1.0), 1.0)
-        total += float(parts["ce"])
-        count += count_labels(batch)
-    return total, count
