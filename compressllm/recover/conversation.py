@@ -28,18 +28,36 @@ class Encoded:
         return Encoded(self.ids[:length], self.said[:length])
 
 
-def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
-    """Tokens of a conversation in the tokenizer's chat template, of which the assistant's turns are to be said.
+#: A piece of text, and whether the model is to say it.
+Piece = tuple[str, bool]
+
+
+def encode_all(conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
+    """Tokens of conversations in the tokenizer's chat template, of which the assistant's turns are to be said.
 
     What is asked and what is answered are tokenised apart, as they are when the model answers: no token goes over the
     border. A tokenizer without a template gives turns with blank lines between, and EOS after each answer.
 
-    Returns: or, in a few words, why the template cannot take it.
+    Returns: for each its tokens or, in a few words, why the template cannot take it.
     """
-    if tokenizer.chat_template is None:
-        return _plain(messages, tokenizer)
-    ids: list[int] = []
-    said: list[bool] = []
+    plain = tokenizer.chat_template is None
+    pieces = [_plain(turns, tokenizer) if plain else _templated(turns, tokenizer) for turns in conversations]
+    texts = [text for one in pieces if not isinstance(one, str) for text, _ in one]
+    # All at once: a fast tokenizer takes a list on all cores. Not verbose: what is too long is counted later.
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+    start = _start(tokenizer) if plain else []
+    encoded: list[Encoded | str] = []
+    for one in pieces:
+        if isinstance(one, str):
+            encoded.append(one)
+            continue
+        parts = [(start, False), *((next(ids), said) for _, said in one)]
+        encoded.append(Encoded([id for part, _ in parts for id in part], [said for part, said in parts for _ in part]))
+    return encoded
+
+
+def _templated(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Piece] | str:
+    pieces: list[Piece] = []
     before = ""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -53,31 +71,25 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> E
             return f"that the chat template refuses ({' '.join(str(error).split())})"
         if not (asked.startswith(before) and answered.startswith(asked)):
             return "whose earlier turns the chat template rewrites"
-        answer, end, rest = _until_last(answered[len(asked) :], str(tokenizer.eos_token))
-        for text, is_said in ((asked[len(before) :], False), (answer + end, True), (rest, False)):
-            some = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-            ids += some
-            said += [is_said] * len(some)
+        # What a template puts after the last EOS is nobody's to say.
+        answer, end, rest = answered[len(asked) :].rpartition(str(tokenizer.eos_token))
+        said, unsaid = (answer + end, rest) if end else (rest, "")
+        pieces += [(asked[len(before) :], False), (said, True), (unsaid, False)]
         before = answered
-    return Encoded(ids, said)
+    return pieces
 
 
-def _until_last(text: str, eos: str) -> tuple[str, str, str]:
-    """What stands before the last EOS, the EOS, and what a template puts after it, which is nobody's to say."""
-    answer, end, rest = text.rpartition(eos)
-    return (answer, end, rest) if end else (text, "", "")
+def _plain(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    end = str(tokenizer.eos_token or "")
+    return [
+        (message["content"] + end, True) if message["role"] == "assistant" else (message["content"] + "\n\n", False)
+        for message in messages
+    ]
 
 
-def _plain(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    ids: list[int] = list(tokenizer("", verbose=False)["input_ids"])  # what every text starts with, BOS say
-    while ids and ids[-1:] == eos:
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text, BOS say."""
+    ids: list[int] = list(tokenizer("", verbose=False)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
         ids.pop()
-    said = [False] * len(ids)
-    for message in messages:
-        answer = message["role"] == "assistant"
-        text = message["content"] if answer else message["content"] + "\n\n"
-        some = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (eos if answer else [])
-        ids += some
-        said += [answer] * len(some)
-    return Encoded(ids, said)
+    return ids

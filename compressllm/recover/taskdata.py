@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compressllm.core.errors import CalibrationError, RecipeError
-from compressllm.recover.conversation import Encoded, encode
+from compressllm.recover.conversation import Encoded, encode_all
 from compressllm.recover.packing import pack_records
 from compressllm.recover.records import RecordConfig, Tally, read_records
 from compressllm.recover.rows import TrainingData
@@ -146,22 +146,20 @@ def _encoded(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, seqlen: int, config: RecordConfig, tally: Tally
 ) -> list[Encoded]:
     records: list[Encoded] = []
-    for path in paths:
-        for where, messages in read_records(path, config, tally):
-            record = encode(messages, tokenizer)
-            if isinstance(record, str):
-                tally.leave_out(record, where)
-                continue
-            if len(record.ids) > seqlen:
-                if config.over_length == "drop":
-                    tally.leave_out(f"longer than {seqlen} tokens", where)
-                    continue
-                record = record.cut(seqlen)
-                if not any(record.said[1:]):
-                    tally.leave_out(f"without an answer in the first {seqlen} tokens", where)
-                    continue
-                tally.leave_out(f"cut to {seqlen} tokens", where)
+    read = [one for path in paths for one in read_records(path, config, tally)]
+    encoded = encode_all([messages for _, messages in read], tokenizer)
+    for (where, _), record in zip(read, encoded, strict=True):
+        if isinstance(record, str):
+            tally.leave_out(record, where)
+        elif len(record.ids) <= seqlen:
             records.append(record)
+        elif config.over_length == "drop":
+            tally.leave_out(f"longer than {seqlen} tokens", where)
+        elif any(record.cut(seqlen).said[1:]):
+            tally.leave_out(f"cut to {seqlen} tokens", where)
+            records.append(record.cut(seqlen))
+        else:
+            tally.leave_out(f"without an answer in the first {seqlen} tokens", where)
     tally.used = len(records)
     return records
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compressllm.core.errors import CalibrationError, RecipeError, UnsupportedModelError
-from compressllm.recover.conversation import Encoded, encode
+from compressllm.recover.conversation import Encoded, encode_all
 from compressllm.recover.packing import check_packing, pack_records
 from compressllm.recover.records import RecordConfig
 from compressllm.recover.taskdata import load_tasks
@@ -33,6 +33,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def chatty(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Any:
+    (encoded,) = encode_all([messages], tokenizer)
+    return encoded
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -85,13 +90,13 @@ def test_a_template_that_will_not_have_a_record_is_a_reason(chatty: PreTrainedTo
 
 def test_every_record_is_in_exactly_one_row(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "all.jsonl", [record(i, 3 + i % 20) for i in range(40)])
-    data = load_tasks([path], chatty, 64)
+    data = load_tasks([path], chatty, 256)
     seen = []
     for rows in (data.train, data.held_out):
         batch = rows.batch(range(len(rows)))
-        assert batch["input_ids"].shape == (len(rows), 64)
+        assert batch["input_ids"].shape == (len(rows), 256)
         for ids, labels, positions in zip(*(batch[key].tolist() for key in batch), strict=True):
-            starts = [at for at, position in enumerate(positions) if position == 0] + [64]
+            starts = [at for at, position in enumerate(positions) if position == 0] + [256]
             for a, b in pairwise(starts):
                 assert positions[a:b] == list(range(b - a))
                 if any(label != -100 for label in labels[a:b]):
