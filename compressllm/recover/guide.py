@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.core.errors import RecipeError
+from compressllm.core.run import Run
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.recover.headchunks import IGNORED, Teacher
 from compressllm.recover.losses import LossWeights
+from compressllm.recover.rows import Rows
 from compressllm.recover.squarehead import block_outputs, check_shape, squarehead
 from compressllm.recover.teacher import ResidentTeacher, open_teacher
+from compressllm.recover.teachercache import TeacherCache, open_cache
 
 #: A student's forward: (batch, teacher's answer, weights, denominator) -> the weighted losses at its head, and parts.
 Forward = Callable[[Mapping[str, Tensor], Teacher | None, LossWeights, float], tuple[Tensor, dict[str, Tensor]]]
@@ -27,25 +32,30 @@ class Guide:
 
     Args:
         weights: How much each loss counts.
-        teacher: Answers batches; None trains on the text alone.
+        teacher: Answers batches; None trains on the text alone, or from the cache.
+        cache: What a teacher answered earlier to the rows that are trained on.
         blocks: The student's, whose outputs SquareHead compares.
         paper_exact: SquareHead as released.
     """
 
     weights: LossWeights
     teacher: ResidentTeacher | None = None
+    cache: TeacherCache | None = None
     blocks: Iterable[nn.Module] = ()
     paper_exact: bool = False
 
     def loss(
-        self, student: Forward, batch: Mapping[str, Tensor], denominator: float
+        self, student: Forward, batch: Mapping[str, Tensor], denominator: float, rows: Sequence[int] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses of one micro-batch, and each of them without its weight.
 
         Args:
             denominator: Labels in the whole optimizer step, over micro-batches and processes: what micro-batches
                 give adds up to the step's means. SquareHead's is the mean over micro-batches by their labels.
+            rows: The rows the batch is made of, which a cache is asked for.
         """
+        if self.cache:
+            return student(batch, self.cache.at(rows), self.weights, denominator)
         compares = bool(self.weights.squarehead)
         answer = self.teacher(batch, blocks=compares) if self.teacher else None
         head = answer.head if answer else None
@@ -58,6 +68,19 @@ class Guide:
         return loss + self.weights.squarehead * part, parts | {"squarehead": part.detach()}
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """Where a teacher's answers are kept.
+
+    Args:
+        root: Folder of caches, each in a folder of its own.
+        k: Tokens kept a position.
+    """
+
+    root: Path
+    k: int = 64
+
+
 def make_guide(
     weights: LossWeights,
     teacher: str | None,
@@ -67,8 +90,11 @@ def make_guide(
     dtype: torch.dtype,
     *,
     paper_exact: bool = False,
+    cached: CacheOptions | None = None,
+    rows: Rows | None = None,
+    run: Run | None = None,
 ) -> Guide:
-    """A guide with the teacher loaded, if the losses look at one.
+    """A guide with the teacher loaded, or its answers opened, if the losses look at one.
 
     Args:
         teacher: The dense model, anything `resolve_model` takes.
@@ -76,8 +102,10 @@ def make_guide(
         model: The student with its weights, as it is trained.
         device: The teacher's.
         dtype: Of the teacher's weights.
+        cached: Have the teacher answer ``rows`` once, beforehand. The dtype is then the cache maker's.
 
-    Raises: RecipeError for a teacher that is missing, of another vocabulary, or, with SquareHead, of another shape.
+    Raises: RecipeError for a teacher that is missing, of another vocabulary, or, with SquareHead, of another shape or
+        cached; what `open_cache` raises.
     """
     if not weights.need_teacher:
         return Guide(weights)
@@ -85,5 +113,10 @@ def make_guide(
         raise RecipeError(f"losses {weights}: need a teacher; give the dense model as --teacher, or use ce=1.0 alone")
     opened = open_teacher(teacher, bundle)
     if weights.squarehead:
+        if cached:
+            raise RecipeError("squarehead: compares block outputs, which are not cached; take kl, or no teacher cache")
         check_shape(model, opened.model)
-    return Guide(weights, ResidentTeacher(opened, device, dtype), find_blocks(model).modules, paper_exact)
+    if cached and rows is not None:
+        load = partial(ResidentTeacher, opened, device, dtype)
+        return Guide(weights, cache=open_cache(cached.root, opened, rows, load, run or Run(), k=cached.k))
+    return Guide(weights, ResidentTeacher(opened, device, dtype), None, find_blocks(model).modules, paper_exact)

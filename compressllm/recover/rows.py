@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,23 @@ class Rows(Protocol):
         ``attention_mask`` or ``position_ids``.
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """What to train on, and what to look at meanwhile.
+
+    Args:
+        train: The rows of one pass.
+        held_out: Rows that are not trained on.
+        facts: Where they came from, as plain data for the manifest.
+        notes: What the user should know, one line each, to be warned of.
+    """
+
+    train: Rows
+    held_out: Rows
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Order:

@@ -17,7 +17,7 @@ from compressllm.calibration.source import describe_source, open_source
 from compressllm.calibration.tokenids import TokenIds
 from compressllm.core.errors import CalibrationError, RecipeError
 from compressllm.core.registry import Spec
-from compressllm.recover.rows import tensors_sha256
+from compressllm.recover.rows import TrainingData, tensors_sha256
 
 _DOCUMENTS_AT_ONCE: Final = 64  # fast tokenizers take a list on all cores
 #: Documents are shuffled with this seed, not the run's: runs with different seeds hold out the same text.
@@ -53,23 +53,6 @@ class TextRows:
         return {"input_ids": ids, "labels": next_tokens(ids)}
 
 
-@dataclass(frozen=True, eq=False)
-class TextData:
-    """Text to train on.
-
-    Args:
-        train: The windows of one pass. Where shares ask for more of a source than it has, its windows recur.
-        held_out: Windows of documents that are not trained on, but for one a source that a cut may go through.
-        facts: Where they came from, as plain data for the manifest.
-        notes: What the user should know, one line each, to be warned of.
-    """
-
-    train: TextRows
-    held_out: TextRows
-    facts: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-
 def next_tokens(ids: Tensor) -> Tensor:
     """(B, S) labels: the token after each position, -100 at the last."""
     labels = torch.full_like(ids, -100)
@@ -88,7 +71,7 @@ def load_text(
     max_tokens: int | None = None,
     max_seqlen: int | None = None,
     vocab_size: int | None = None,
-) -> TextData:
+) -> TrainingData:
     """Windows of ``seqlen`` tokens from anything `open_source` takes; of sets with two parts, the calibration part.
 
     The documents of a source are shuffled, tokenised one by one with the tokenizer's default special tokens, packed
@@ -139,7 +122,7 @@ def load_text(
             for one, one_apart, count, rest in zip(read, apart, taken, left, strict=True)
         ],
     }
-    return TextData(train, aside, facts, tuple(_notes(passes, len(train) * seqlen, read, taken, left)))
+    return TrainingData(train, aside, facts, tuple(_notes(passes, len(train) * seqlen, read, taken, left)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ def test_losses_are_those_of_both_models_outputs(
 ) -> None:
     student, teacher = pair
     weights = LossWeights(ce=0.5, kl=1.0, squarehead=2.0)
-    guide = Guide(weights, teacher, student.model.layers)
+    guide = Guide(weights, teacher, blocks=student.model.layers)
     count = int((batch["labels"] != -100).sum())
     loss, parts = guide.loss(forward_of(student), batch, count)
 
@@ -77,14 +77,14 @@ def test_losses_are_those_of_both_models_outputs(
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(llama: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     teacher = ResidentTeacher(Bundle(copy.deepcopy(llama)), CPU, torch.float32)
     llama.requires_grad_(True)
-    guide = Guide(LossWeights(kl=1.0, squarehead=1.0), teacher, llama.model.layers)
+    guide = Guide(LossWeights(kl=1.0, squarehead=1.0), teacher, blocks=llama.model.layers)
     _, parts = guide.loss(forward_of(llama), batch, 10)
     assert float(parts["kl"]) == float(parts["squarehead"]) == 0.0
 
 
 def test_micro_batches_add_up(pair: tuple[PreTrainedModel, ResidentTeacher], batch: dict[str, Tensor]) -> None:
     student, teacher = pair
-    guide = Guide(LossWeights(kl=1.0), teacher, student.model.layers)
+    guide = Guide(LossWeights(kl=1.0), teacher, blocks=student.model.layers)
     count = int((batch["labels"] != -100).sum())
     whole, _ = guide.loss(forward_of(student), batch, count)
     pieces = [{key: value[at] for key, value in batch.items()} for at in (slice(0, 3), slice(3, 7))]

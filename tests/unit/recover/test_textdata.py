@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressllm.core.errors import CalibrationError, RecipeError
-from compressllm.recover.rows import Order
-from compressllm.recover.textdata import TextData, load_text
+from compressllm.recover.rows import Order, TrainingData
+from compressllm.recover.textdata import load_text
 
 TINY = Path(__file__).parents[2] / "tiny" / "model"
 
@@ -35,7 +35,7 @@ def texts_of(path: str) -> list[str]:
     return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
 
 
-def rows_of(data: TextData) -> torch.Tensor:
+def rows_of(data: TrainingData) -> torch.Tensor:
     return torch.cat([data.train.ids, data.held_out.ids])
 
 
