@@ -23,7 +23,7 @@ def merge_lora(
 ) -> None:
     """Merge a plain LoRA into a pruned model under its masks, so that every zero stays."""
     from compressllm.export.writer import export_model
-    from compressllm.models.loading import resolve_model
+    from compressllm.models.resolve import resolve_model
     from compressllm.recover.mergelora import MaskedMerge
 
     merge = MaskedMerge(resolve_model(model), adapter)

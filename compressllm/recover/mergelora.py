@@ -15,8 +15,9 @@ from compressllm.core.errors import FormatError
 from compressllm.models.checkpoint import ADAPTER_CONFIG, Checkpoint
 from compressllm.models.facts import Facts
 from compressllm.models.linears import held_otherwise
-from compressllm.models.loading import skeleton, tensor_names
+from compressllm.models.loading import skeleton
 from compressllm.models.tensorfile import TensorFile
+from compressllm.models.tensornames import tensor_names
 
 _PREFIX, _FILE = "base_model.model.", "adapter_model.safetensors"
 
