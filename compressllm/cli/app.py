@@ -17,6 +17,7 @@ from compressllm.cli import (
     inspection,
     kernels,
     listing,
+    mergelora,
     permute,
     prune,
     recipe,
@@ -44,6 +45,7 @@ app.command()(prune.prune)
 app.command()(recover.recover)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
+app.command(name="merge-lora")(mergelora.merge_lora)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -56,23 +56,25 @@ def bench(
     if (model is None) == (layers is None):
         raise RecipeError("bench needs a model or --layers, one of the two; for example --layers 4096x4096")
     config = make_config(EvalConfig, given(dtype=dtype, device=device, keep_dense=keep_dense))
+    asked = _Asked(_words(backend), config, plot, as_json)
     if layers is not None:
         options = {"tokens": _numbers(tokens), "formats": _words(formats), "group": group}
-        _bench_layers(layers, pattern, _words(backend), config, given(seconds=seconds, **options), plot, as_json)
+        _bench_layers(layers, pattern, asked, given(seconds=seconds, **options))
     elif model is not None:
         options = {"batches": _numbers(batch), "prompt": prompt, "tokens": new_tokens, "compiled": compile}
-        _bench_model(model, _words(backend), config, given(seconds=seconds, **options), plot, as_json)
+        _bench_model(model, asked, given(seconds=seconds, **options))
 
 
-def _bench_layers(
-    layers: str,
-    pattern: str,
-    backends: Sequence[str],
-    config: EvalConfig,
-    options: Mapping[str, Any],
-    plot: Path | None,
-    as_json: bool,
-) -> None:
+class _Asked(NamedTuple):
+    """What was asked for of a model and of single linears alike."""
+
+    backends: tuple[str, ...]
+    config: EvalConfig
+    plot: Path | None
+    as_json: bool
+
+
+def _bench_layers(layers: str, pattern: str, asked: _Asked, options: Mapping[str, Any]) -> None:
     from compressllm.bench.layers import LayerBench, bench_layers
     from compressllm.bench.plot import Bar
     from compressllm.core.compute import choose_device
@@ -81,8 +83,8 @@ def _bench_layers(
     settings = LayerBench(
         _shapes(layers),
         pattern=parse_pattern(pattern),
-        backends=backends,
-        device=choose_device(config.device),
+        backends=asked.backends,
+        device=choose_device(asked.config.device),
         **options,
     )
     measured = []
@@ -96,13 +98,13 @@ def _bench_layers(
     dense = [row for one in measured for row in one["dense"]]
     refused = {name: reason for one in measured for name, reason in one["refused"].items()}
     auto = {f"{_shape(one['dense'][0])} {form}": choice for one in measured for form, choice in one["auto"].items()}
-    if plot:
+    if asked.plot:
         bars = []
         for row in sorted(rows + dense, key=lambda row: (row["shape"], row["tokens"], row in rows)):
             label = f"{_shape(row)}, {row['tokens']} t, {row['format']} {row['backend']}"
             bars.append(Bar(label, row["speedup"], row["speedup"], row["speedup"], row in dense))
-        _draw(plot, bars, f"Single linears at {pattern}", "times as fast as torch's bfloat16 linear")
-    if as_json:
+        _draw(asked.plot, bars, f"Single linears at {pattern}", "times as fast as torch's bfloat16 linear")
+    if asked.as_json:
         rates = [one["read_bytes_per_second"] for one in measured]
         print_json(
             {
@@ -136,32 +138,25 @@ def _bench_layers(
     _print_refused(refused, "")
 
 
-def _bench_model(
-    model: str,
-    backends: Sequence[str],
-    config: EvalConfig,
-    options: Mapping[str, Any],
-    plot: Path | None,
-    as_json: bool,
-) -> None:
+def _bench_model(model: str, asked: _Asked, options: Mapping[str, Any]) -> None:
     from compressllm.bench.model import ModelBench, backend_of, bench_model
     from compressllm.bench.plot import Bar
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.recipe import make_config
 
-    for name in backends:
+    for name in asked.backends:
         make_config(EvalConfig, {"backend": backend_of(name)[0]})  # a name that is none is found before the work
-    measured = bench_model(open_bundle(model), ModelBench(backends=backends, **options), config)
+    measured = bench_model(open_bundle(model), ModelBench(backends=asked.backends, **options), asked.config)
     rows = measured["rows"]
-    if plot:
+    if asked.plot:
         bars = []
         for row in rows:
             step, batch = row["seconds_per_step"], row["batch"]
             ends = (batch / step["high"], batch / step["low"])
             label = f"{row['backend']}, batch {batch}"
             bars.append(Bar(label, row["decode_tokens_per_second"], *ends, row["backend"] == "dense"))
-        _draw(plot, bars, f"Decoding {Path(model).name}", "tokens a second")
-    if as_json:
+        _draw(asked.plot, bars, f"Decoding {Path(model).name}", "tokens a second")
+    if asked.as_json:
         print_json({"model": model, **measured, **_made()})
         return
     table = Table(

@@ -18,7 +18,7 @@ def export(
     """Write a checkpoint in the form it is shipped in; it is re-read and compared bit by bit."""
     from compressllm.export.writer import export_model, exported_sizes
     from compressllm.models.checkpoint import Checkpoint
-    from compressllm.models.loading import resolve_model
+    from compressllm.models.resolve import resolve_model
     from compressllm.stages.recipe import make_config
 
     config = make_config(ExportConfig, given(format=format))

@@ -115,7 +115,7 @@ def _speedups(choice: Mapping[str, Any]) -> str:
 
 def _survey(model: str, pattern: Any) -> tuple[Checkpoint, list[LinearSurvey]]:
     from compressllm.models.checkpoint import Checkpoint
-    from compressllm.models.loading import resolve_model
+    from compressllm.models.resolve import resolve_model
     from compressllm.models.survey import survey
 
     checkpoint = Checkpoint(resolve_model(model))

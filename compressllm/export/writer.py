@@ -27,9 +27,10 @@ from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
 from compressllm.models.facts import Facts, LinearFacts
 from compressllm.models.linears import held_otherwise
-from compressllm.models.loading import skeleton, tensor_names
+from compressllm.models.loading import skeleton
 from compressllm.models.shards import MAX_SHARD_BYTES, ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorSpec
+from compressllm.models.tensornames import tensor_names
 
 _NOTE = (
     "run `import compressllm` before from_pretrained(..., variant={variant!r}); transformers alone refuses the folder"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressllm.core.errors import BackendUnavailableError, PatternError, UnsupportedModelError
+from compressllm.core.errors import BackendUnavailableError, PatternError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight
@@ -167,63 +167,6 @@ class SparseLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-
-def swap_linears_(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    patterns: Mapping[str, SparsityPattern],
-    backend: str = AUTO,
-    other: Mapping[str, str] | None = None,
-    timings: Timings | None = None,
-    keep_dense: bool = False,
-) -> dict[str, Choice]:
-    """Replace a model's sparse linears by SparseLinear. Changes ``model`` in place.
-
-    A linear for which the dense backend is chosen stays the nn.Linear it is.
-
-    Args:
-        masks: Linear name -> (out, in) bool mask.
-        patterns: Linear name -> what its mask obeys.
-        backend: A backend's name, or ``auto``.
-        other: Name -> form, of the linears that are no nn.Linear; no backend runs them, and they stay as they are.
-        timings, keep_dense: As `choose_backend` takes them.
-
-    Returns: Linear name -> what was chosen, and why others were not.
-
-    Raises: BackendUnavailableError or UnsupportedModelError, naming the linear, and nothing is swapped; PatternError if
-        a mask does not fit its weight.
-    """
-    modules = dict(model.named_modules())
-    linears: dict[str, nn.Linear] = {}
-    choices: dict[str, Choice] = {}
-    for name in masks:
-        if other and name in other:
-            choices[name] = left_as_it_is(name, other[name], backend)
-            continue
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            found = "no module of the model" if linear is None else f"a {type(linear).__name__}"
-            raise UnsupportedModelError(f"{name}: has a mask but is {found}; only an nn.Linear can be swapped")
-        linears[name] = linear
-        with named(name):
-            choices[name] = choose_backend(linear.weight, patterns[name], backend, timings, keep_dense)
-    del modules
-    for name, choice in choices.items():
-        linear = linears.pop(name, None)  # so that its weight is freed before the next one is packed
-        if linear is None:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        with named(name):
-            setattr(model.get_submodule(owner), leaf, made(linear, masks[name], patterns[name], choice))
-    return choices
-
-
-def made(linear: nn.Linear, keep: Tensor, pattern: SparsityPattern, choice: Choice) -> nn.Module:
-    """What computes a linear as chosen: itself, where that is dense."""
-    if choice.name == PLAIN:
-        return linear
-    return SparseLinear(linear.weight, keep, linear.bias, pattern, choice.name, choice.dense_from)
 
 
 def _lost(weight: Tensor, keep: Tensor) -> int:

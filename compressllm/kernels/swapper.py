@@ -1,4 +1,4 @@
-"""Swapper: sparse linears made one by one, while a model is loaded."""
+"""Swapper: makes SparseLinears of a model's sparse linears, while it is loaded or in memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from compressllm.core.errors import UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
-from compressllm.kernels.linear import AUTO, Choice, SparseLinear, choose_backend, left_as_it_is, made, named
+from compressllm.kernels.linear import AUTO, PLAIN, Choice, SparseLinear, choose_backend, left_as_it_is, named
 from compressllm.kernels.measured import Timings
 
 
 class Swapper:
-    """Makes SparseLinears of linears one by one, while a model is loaded, so that it is never in memory dense.
+    """Makes SparseLinears of linears one by one: while a model is loaded, so that it is never in memory dense.
+
+    A linear for which the dense backend is chosen stays the nn.Linear it is.
 
     Args:
-        masks, patterns, backend, other, timings, keep_dense: As `swap_linears_` takes them.
+        masks: Linear name -> (out, in) bool mask.
+        patterns: Linear name -> what its mask obeys.
+        backend: A backend's name, or ``auto``.
+        other: Name -> form, of the linears that are no nn.Linear; no backend runs them, and they stay as they are.
+        timings, keep_dense: As `choose_backend` takes them.
         bits: Round the weights to 8 or 4 bits as they come, each group to its largest; None leaves them as they are.
         group: Inputs that share a scale then.
     """
@@ -38,6 +45,8 @@ class Swapper:
         self._bits, self._group = bits, group
         #: Linear name -> what was chosen, of those that were handed in so far and those that no backend can run.
         self.choices = {n: left_as_it_is(n, form, backend) for n, form in (other or {}).items() if n in masks}
+        #: Names of the linears that backends are chosen for.
+        self.sparse = [name for name in masks if name not in self.choices]
 
     def choose_ahead(
         self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
@@ -50,13 +59,19 @@ class Swapper:
         Returns: Kind, ``4096x4096 2:4``, -> the choice for a weight of zeros.
         """
         choices = {}
-        kinds = {(shapes[name], self._patterns[name]) for name in self._masks if name not in self.choices}
+        kinds = {(shapes[name], self._patterns[name]) for name in self.sparse}
         for shape, pattern in sorted(kinds, key=str):
             zeros = self._rounded(torch.zeros(shape, dtype=dtype, device=device), None)
             kind = f"{shape[0]}x{shape[1]} {pattern}"
             with named(kind):
-                choices[kind] = choose_backend(zeros, pattern, self._backend, self._timings, self._keep_dense)
+                choices[kind] = self._choose(zeros, pattern)
         return choices
+
+    def choose(self, name: str, linear: nn.Linear) -> Choice:
+        """What is chosen for a sparse linear; kept in ``choices``. Raises BackendUnavailableError, naming it."""
+        with named(name):
+            self.choices[name] = self._choose(self._rounded(linear.weight, self._masks[name]), self._patterns[name])
+        return self.choices[name]
 
     def __call__(self, name: str, linear: nn.Linear) -> nn.Module:
         """What is to stand in the place of a linear whose weight has been loaded: itself, if it is not sparse.
@@ -67,14 +82,41 @@ class Swapper:
             return linear
         pattern, keep = self._patterns[name], self._masks[name]
         with named(name):
-            weight = self._rounded(linear.weight.detach(), keep)
-            choice = choose_backend(weight, pattern, self._backend, self._timings, self._keep_dense)
-            self.choices[name] = choice
-            if self._bits is None:
-                return made(linear, keep, pattern, choice)
+            weight = self._rounded(linear.weight, keep)
+            choice = self.choices[name] = self._choose(weight, pattern)
+            if choice.name == PLAIN and weight is linear.weight:
+                return linear
             return SparseLinear(weight, keep, linear.bias, pattern, choice.name, choice.dense_from)
+
+    def _choose(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> Choice:
+        return choose_backend(weight, pattern, self._backend, self._timings, self._keep_dense)
 
     def _rounded(self, weight: Tensor, keep: Tensor | None) -> Tensor | QuantizedWeight:
         if self._bits is None:
             return weight
+        weight = weight.detach()
         return quantize_absmax(weight, weight != 0 if keep is None else keep, self._bits, self._group)
+
+
+def swap_linears_(model: nn.Module, swapper: Swapper) -> dict[str, Choice]:
+    """Replace the sparse linears of a model that is in memory. Changes it in place.
+
+    Returns: Linear name -> what was chosen, and why others were not.
+
+    Raises: BackendUnavailableError or UnsupportedModelError, naming the linear, and nothing is swapped; PatternError if
+        a mask does not fit its weight.
+    """
+    modules = dict(model.named_modules())
+    linears: dict[str, nn.Linear] = {}
+    for name in swapper.sparse:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            found = "no module of the model" if linear is None else f"a {type(linear).__name__}"
+            raise UnsupportedModelError(f"{name}: has a mask but is {found}; only an nn.Linear can be swapped")
+        linears[name] = linear
+        swapper.choose(name, linear)
+    modules.clear()
+    for name in list(linears):
+        linear = linears.pop(name)  # so that its weight is freed before the next one is packed
+        model.set_submodule(name, swapper(name, linear))
+    return swapper.choices

@@ -13,7 +13,9 @@ from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.loading import load_model, load_tokenizer, resolve_model, skeleton, tensor_names
+from compressllm.models.loading import load_model, load_tokenizer, skeleton
+from compressllm.models.resolve import resolve_model
+from compressllm.models.tensornames import tensor_names
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from compressllm.models.shards import ShardReader
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
 MASKS_NAME = "masks.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes beside an adapter
 
 
 class Checkpoint:
@@ -34,6 +35,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if (folder / ADAPTER_CONFIG).exists():
+            raise FormatError(
+                f"{folder}: holds an adapter of PEFT, not a model; merged plainly, a LoRA fills the zeros of a pruned "
+                "model: train with adapter masklora, or see `compressllm merge-lora --masked`"
+            )
         if not (folder / "config.json").exists():
             raise FormatError(f"{folder}: holds no config.json, so it is not a model folder")
         self.facts: Facts | None = read_facts(folder)

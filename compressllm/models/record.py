@@ -22,9 +22,9 @@ from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
 from compressllm.models.linears import PrunableLinear
-from compressllm.models.loading import tensor_names
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
+from compressllm.models.tensornames import tensor_names
 from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
 
 Rows = list[dict[str, Any]]

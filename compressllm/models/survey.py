@@ -12,8 +12,9 @@ from torch import Tensor
 from compressllm.core.pattern import SparsityPattern
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.loading import skeleton, tensor_names
+from compressllm.models.loading import skeleton
 from compressllm.models.shards import file_sha256
+from compressllm.models.tensornames import tensor_names
 
 
 @dataclass(frozen=True)

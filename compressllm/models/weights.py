@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.experts import place_expert_
 from compressllm.models.linears import held_otherwise
-from compressllm.models.loading import place_, skeleton, tensor_names
+from compressllm.models.loading import place_, skeleton
 from compressllm.models.shards import ShardWriter
+from compressllm.models.tensornames import tensor_names
 
 
 class Weights(Protocol):

@@ -17,7 +17,9 @@ from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.linears import PrunableLinear
-from compressllm.models.loading import resolve_model, skeleton, tensor_names
+from compressllm.models.loading import skeleton
+from compressllm.models.resolve import resolve_model
+from compressllm.models.tensornames import tensor_names
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.plan import make_plan
 from compressllm.prune.refiner import Refiner

@@ -15,9 +15,9 @@ from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.facts import write_dense_facts
-from compressllm.models.loading import tensor_names
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
+from compressllm.models.tensornames import tensor_names
 from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
 from compressllm.prune.fold import Folds
 from compressllm.prune.sameness import measure_difference

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from compressllm.core.parallel import map_batches
+from compressllm.core.parallel import for_chunks, map_batches
 
 R = TypeVar("R")
 
@@ -24,14 +24,10 @@ def each_rows(work: Callable[[slice], None], weight: Tensor) -> None:
     Args:
         work: Writes its result in place; calls may run at once, each on one thread, and record no gradients.
     """
-    step = ROWS if weight.device.type == "cpu" else max(1, weight.shape[0])
-
-    def part(index: int) -> None:
-        with torch.inference_mode():  # a mode is its thread's own
-            work(slice(index * step, (index + 1) * step))
-
-    for _ in map_batches(part, -(-weight.shape[0] // step), weight.device):
-        pass
+    rows = weight.shape[0]
+    step = ROWS if weight.device.type == "cpu" else max(1, rows)
+    with torch.inference_mode():
+        for_chunks(work, 0, rows, step, weight.device)
 
 
 def on_one_thread(work: Callable[[], R], device: torch.device) -> R:

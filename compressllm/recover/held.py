@@ -17,7 +17,7 @@ from compressllm.core.run import Run
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle
 from compressllm.models.linears import PrunableLinear
-from compressllm.models.loading import tensor_names
+from compressllm.models.tensornames import tensor_names
 from compressllm.recover.config import RecoverConfig
 
 

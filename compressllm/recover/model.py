@@ -16,8 +16,8 @@ from compressllm.core.run import Run
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.models.linears import held_otherwise
-from compressllm.models.loading import tensor_names
 from compressllm.models.record import computed_on
+from compressllm.models.tensornames import tensor_names
 from compressllm.recover.adapters.trainable import trainable
 from compressllm.recover.attaching import final_masks, make_masking
 from compressllm.recover.checkpoint import Checkpoints

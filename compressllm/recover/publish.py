@@ -16,9 +16,9 @@ from compressllm.core.ranks import Ranks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
 from compressllm.models.linears import PrunableLinear, held_otherwise
-from compressllm.models.loading import tensor_names
 from compressllm.models.record import finish_sparse_folder
 from compressllm.models.shards import ShardWriter
+from compressllm.models.tensornames import tensor_names
 from compressllm.recover.held import Held
 
 #: Parameter name -> its whole trained value, or None if it was not trained; all processes call it in the same order.

@@ -13,9 +13,9 @@ from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
-from compressllm.kernels.linear import Choice, swap_linears_
+from compressllm.kernels.linear import Choice
 from compressllm.kernels.measured import Timings, measuring
-from compressllm.kernels.swapper import Swapper
+from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.bundle import Bundle
 from compressllm.models.linears import held_otherwise
 
@@ -79,10 +79,9 @@ def prepare_linears(
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
-    settings = _settings(bundle, config)
+    swapper = Swapper(**_settings(bundle, config), bits=bits)
     if bundle.checkpoint is None:
-        return bundle.model, swap_linears_(bundle.model, **settings)
-    swapper = Swapper(**settings, bits=bits)
+        return bundle.model, swap_linears_(bundle.model, swapper)
     swapper.choose_ahead(_shapes(bundle), dtype, device)
     return bundle.live(dtype, device, swapper), swapper.choices
 

@@ -18,7 +18,8 @@ from compressllm.export.writer import export_model
 from compressllm.models.bundle import bundle_of, open_bundle
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.facts import Facts
-from compressllm.models.loading import load_model, resolve_model
+from compressllm.models.loading import load_model
+from compressllm.models.resolve import resolve_model
 from compressllm.recover.soup import Soup, choose_greedily
 from compressllm.stages.soupconfig import SoupConfig
 

@@ -79,7 +79,7 @@ def _recover(bundle: Bundle, config: RecoverConfig, run: Run) -> Bundle:
 
 
 def _plan_recover(bundle: Bundle, config: RecoverConfig) -> str:
-    from compressllm.models.loading import resolve_model
+    from compressllm.models.resolve import resolve_model
 
     if config.teacher is not None:
         resolve_model(config.teacher)

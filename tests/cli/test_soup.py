@@ -56,3 +56,14 @@ def test_flags(cli: Callable, members: list[Path], tmp_path: Path, flags: tuple[
     assert done.code == 2
     assert says in done.err
     assert not (tmp_path / "soup").exists()
+
+
+def test_a_soup_is_pruned_further(cli: Callable, members: list[Path], tmp_path: Path) -> None:
+    """A cycle of soups: the average of one round is what the next round prunes."""
+    assert cli("soup", *members, tmp_path / "soup").code == 0
+    assert cli("prune", tmp_path / "soup", tmp_path / "next", "--method", "magnitude", "--pattern", "1:4").code == 0
+    assert cli("verify", tmp_path / "next", "--pattern", "1:4").code == 0
+    soup, further = (load_file(folder / "model.safetensors") for folder in (tmp_path / "soup", tmp_path / "next/model"))
+    assert all(
+        torch.equal(value[further[name] != 0], further[name][further[name] != 0]) for name, value in soup.items()
+    )

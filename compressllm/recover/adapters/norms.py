@@ -1,4 +1,4 @@
-"""Bias-norm: only biases and norms are trained, a few parameters in ten thousand."""
+"""Bias-norm: only biases and norms are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compressllm.core.protocols import ADAPTERS
 @ADAPTERS.register("bias-norm")
 @dataclass(frozen=True)
 class BiasNorm:
-    """Train biases and norms only: 0.03 % of the model, and every zero stays where it is.
+    """Train biases and norms only, a few parameters in ten thousand; every zero stays where it is.
 
     Source: Zimmer et al., PERP, 2023.
     """

@@ -9,9 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import NM, Unstructured
-from compressllm.kernels.linear import SparseLinear, choose_backend, swap_linears_
+from compressllm.kernels.linear import SparseLinear, choose_backend
 from compressllm.kernels.native.library import unavailable
 from compressllm.kernels.native24 import Native
+from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.blocks import all_linears
 
 PATTERN = NM(2, 4)
@@ -99,7 +100,7 @@ def models(compiler) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     for name, linear in all_linears(dense).items():
         masks[name] = linear.weight != 0
     sparse = copy.deepcopy(dense)
-    report = swap_linears_(sparse, masks, dict.fromkeys(masks, PATTERN), "native")
+    report = swap_linears_(sparse, Swapper(masks, dict.fromkeys(masks, PATTERN), "native"))
     assert {choice.name for choice in report.values()} == {"native"}
     return dense, sparse
 

@@ -10,8 +10,9 @@ from compressllm.core.masks import MaskStore, raw
 from compressllm.core.pattern import NM, Unstructured
 from compressllm.core.protocols import BACKENDS
 from compressllm.kernels.dense import Dense
-from compressllm.kernels.linear import Choice, SparseLinear, choose_backend, swap_linears_
+from compressllm.kernels.linear import Choice, SparseLinear, choose_backend
 from compressllm.kernels.reference import Reference
+from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.blocks import all_linears
 
 PATTERN = NM(2, 4)
@@ -150,7 +151,7 @@ def test_swapping_keeps_the_model_what_it_is(model, masks, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.tensor([[1, 2, 3]])
     logits = model(ids).logits
-    report = swap_linears_(model, masks, patterns, "reference")
+    report = swap_linears_(model, Swapper(masks, patterns, "reference"))
     assert report == dict.fromkeys(masks, Choice("reference"))
     assert isinstance(model.model.layers[1].mlp.down_proj, SparseLinear)
     assert isinstance(model.lm_head, nn.Linear)
@@ -166,7 +167,7 @@ def test_swapping_keeps_the_model_what_it_is(model, masks, tmp_path):
 
 def test_auto_leaves_dense_linears_alone(model, masks):
     linears = all_linears(model)
-    report = swap_linears_(model, masks, dict.fromkeys(masks, PATTERN))
+    report = swap_linears_(model, Swapper(masks, dict.fromkeys(masks, PATTERN)))
     assert {choice.name for choice in report.values()} == {"dense"}
     assert all("reference" in choice.refused for choice in report.values())
     assert all_linears(model) == linears
@@ -175,7 +176,7 @@ def test_auto_leaves_dense_linears_alone(model, masks):
 def test_a_name_that_is_no_linear(model, masks):
     masks["model.layers.0.mlp"] = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(UnsupportedModelError, match=r"model.layers.0.mlp: has a mask but is a LlamaMLP"):
-        swap_linears_(model, masks, dict.fromkeys(masks, PATTERN), "reference")
+        swap_linears_(model, Swapper(masks, dict.fromkeys(masks, PATTERN), "reference"))
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
 
 
@@ -184,11 +185,11 @@ def test_an_unavailable_backend_names_the_linear_and_swaps_nothing(model, masks,
     unwanted = model.get_submodule(name).weight
     monkeypatch.setattr(Reference, "refuses", lambda self, weight, *_, **__: "no" if weight is unwanted else None)
     with pytest.raises(BackendUnavailableError, match=f"{name}: backend reference: no"):
-        swap_linears_(model, masks, dict.fromkeys(masks, PATTERN), "reference")
+        swap_linears_(model, Swapper(masks, dict.fromkeys(masks, PATTERN), "reference"))
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 def test_a_mask_that_does_not_fit_names_the_linear(model, masks):
     masks["model.layers.0.mlp.up_proj"] = torch.zeros(40, 32, dtype=torch.bool)
     with pytest.raises(PatternError, match=r"model\.layers\.0\.mlp\.up_proj: 640 weights"):
-        swap_linears_(model, masks, dict.fromkeys(masks, PATTERN), "reference")
+        swap_linears_(model, Swapper(masks, dict.fromkeys(masks, PATTERN), "reference"))

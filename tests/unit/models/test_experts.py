@@ -15,8 +15,9 @@ from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.experts import expert_weight
 from compressllm.models.linears import linears_of
-from compressllm.models.loading import load_model, skeleton, tensor_names
+from compressllm.models.loading import load_model, skeleton
 from compressllm.models.shards import ShardWriter
+from compressllm.models.tensornames import tensor_names
 from compressllm.models.weights import StreamedWeights
 
 BLOCK = "model.layers.1"

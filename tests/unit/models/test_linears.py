@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from compressllm.core.errors import BackendUnavailableError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import NM
-from compressllm.kernels.linear import swap_linears_
+from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle
 from compressllm.models.facts import LinearFacts
@@ -92,10 +92,10 @@ def test_no_backend_takes_them_and_the_reason_is_told(gpt2: PreTrainedModel) -> 
     masks, patterns = MaskStore(), {C_FC: NM(2, 4)}
     masks[C_FC] = torch.ones(48, 32, dtype=torch.bool)
     other = {name.removesuffix(".weight"): linear.form or "" for name, linear in held_otherwise(gpt2).items()}
-    choice = swap_linears_(gpt2, masks, patterns, other=other)[C_FC]
+    choice = swap_linears_(gpt2, Swapper(masks, patterns, other=other))[C_FC]
     assert choice.name == "dense"
     assert "is a Conv1D" in choice.refused["reference"]
-    assert swap_linears_(gpt2, masks, patterns, "dense", other)[C_FC].refused == {}
+    assert swap_linears_(gpt2, Swapper(masks, patterns, "dense", other))[C_FC].refused == {}
     with pytest.raises(BackendUnavailableError, match=rf"{C_FC}: backend reference: is a Conv1D"):
-        swap_linears_(gpt2, masks, patterns, "reference", other)
+        swap_linears_(gpt2, Swapper(masks, patterns, "reference", other))
     assert isinstance(gpt2.get_submodule(C_FC), Conv1D)

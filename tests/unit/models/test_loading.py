@@ -14,7 +14,8 @@ from compressllm.core.errors import CompressError, FormatError, UnsupportedModel
 from compressllm.core.pattern import NM
 from compressllm.models.bundle import open_bundle
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.loading import load_model, load_tokenizer, replacing_folder, resolve_model, skeleton
+from compressllm.models.loading import load_model, load_tokenizer, skeleton
+from compressllm.models.resolve import replacing_folder, resolve_model
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:

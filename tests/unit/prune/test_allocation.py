@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from compressllm.core.errors import FormatError, PatternError, RecipeError
@@ -22,12 +21,6 @@ from compressllm.models.shards import file_sha256
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.model import prune_model
 from compressllm.prune.owl import OWL, spread_around
-
-
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
 
 
 @pytest.fixture

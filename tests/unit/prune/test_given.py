@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,13 +30,6 @@ from compressllm.prune.model import prune_model
 
 REFINER = {"dsnot": {"threshold": 0.0}}
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    """The windows as a file of token ids."""
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -25,20 +24,6 @@ from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.prune.fold import Folds
 from compressllm.prune.model import prune_model
 from compressllm.prune.permute import permute_model
-
-
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    """The windows as a file of token ids."""
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
-
-
-@pytest.fixture
-def folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
-    """The tiny Llama as a float32 checkpoint."""
-    llama.save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
 
 
 def settings(ids: str, **more: Any) -> PermuteConfig:

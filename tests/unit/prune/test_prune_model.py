@@ -33,20 +33,6 @@ from compressllm.prune.model import prune_model
 FILES = ("model.safetensors", "masks.safetensors", "compressllm.json", "config.json")
 
 
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    """The windows as a file of token ids."""
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
-
-
-@pytest.fixture
-def folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
-    """The tiny Llama as a float32 checkpoint."""
-    llama.save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
 def settings(ids: str | None, method: Any = "wanda", pattern: str = "2:4", **more: Any) -> PruneConfig:
     calibration = {"source": ids} if ids else {"source": "builtin"}
     return PruneConfig(**{"method": method, "pattern": pattern, "calibration": calibration, "dtype": "float32"} | more)

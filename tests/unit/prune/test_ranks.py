@@ -31,20 +31,6 @@ EVERY = frozenset({"mean", "var", "sqnorm", "hessian"})
 FILES = ("model.safetensors", "masks.safetensors", "compressllm.json", "config.json")
 
 
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    """The windows as a file of token ids."""
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
-
-
-@pytest.fixture
-def folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
-    """The tiny Llama as a float32 checkpoint."""
-    llama.save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
 def settings(ids: str, method: Any = "wanda", pattern: str = "2:4", **more: Any) -> PruneConfig:
     calibration = {"source": ids}
     return PruneConfig(**{"method": method, "pattern": pattern, "calibration": calibration, "dtype": "float32"} | more)

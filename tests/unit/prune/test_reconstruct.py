@@ -26,13 +26,6 @@ FILES = ("model.safetensors", "masks.safetensors", "compressllm.json")
 QUICK = {"epochs": 2, "batch": 4, "learning_rate": 0.01}
 
 
-@pytest.fixture
-def ids(windows: Tensor, tmp_path: Path) -> str:
-    """The windows as a file of token ids."""
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
-
-
 def settings(ids: str, reconstruct: Any = QUICK, **more: Any) -> PruneConfig:
     fields = {"pattern": "2:4", "calibration": {"source": ids}, "dtype": "float32", "reconstruct": reconstruct}
     return PruneConfig(**fields | more)

@@ -129,7 +129,7 @@ def test_deferred_update_is_casts() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_refresh_keeps_the_largest_and_counts_flips(transposed: bool) -> None:
-    weight, one = weight_and_mask()
+    _, one = weight_and_mask()
     first = one.keep.clone()
     moved = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
     held = MaskedWeight(first.T.contiguous() if transposed else first, NM(2, 4), transposed)
