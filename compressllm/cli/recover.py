@@ -20,6 +20,7 @@ def recover(
     teacher: Annotated[str | None, flag(RecoverConfig, "teacher")] = None,
     data: Annotated[list[str] | None, flag(RecoverConfig, "data", "May be repeated.")] = None,
     mixture: Annotated[str | None, flag(RecoverConfig, "mixture", "As in 0.7,0.3.")] = None,
+    records: Annotated[list[str] | None, flag(RecoverConfig, "records", "May be repeated.")] = None,
     held_out: Annotated[float | None, flag(RecoverConfig, "held_out")] = None,
     seqlen: Annotated[int | None, flag(RecoverConfig, "seqlen")] = None,
     max_tokens: Annotated[int | None, flag(RecoverConfig, "max_tokens")] = None,
@@ -31,6 +32,7 @@ def recover(
     weight_decay: Annotated[float | None, flag(RecoverConfig, "weight_decay")] = None,
     clip: Annotated[float | None, flag(RecoverConfig, "clip")] = None,
     losses: Annotated[str | None, flag(RecoverConfig, "losses")] = None,
+    teacher_cache: Annotated[int | None, flag(RecoverConfig, "teacher_cache")] = None,
     temperature: Annotated[float | None, flag(RecoverConfig, "temperature")] = None,
     masking: Annotated[str | None, flag(RecoverConfig, "masking")] = None,
     pattern: Annotated[str | None, flag(RecoverConfig, "pattern")] = None,
@@ -54,7 +56,8 @@ def recover(
     from compressllm.stages.recipe import make_recipe, method_spec
 
     settings = given(
-        teacher=teacher, data=data, mixture=_numbers(mixture), held_out=held_out, seqlen=seqlen, max_tokens=max_tokens,
+        teacher=teacher, data=data, mixture=_numbers(mixture), records=records,
+        teacher_cache=teacher_cache, held_out=held_out, seqlen=seqlen, max_tokens=max_tokens,
         batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup, schedule=schedule,
         weight_decay=weight_decay, clip=clip, losses=losses, temperature=temperature, masking=masking, pattern=pattern,
         skip=skip, decay=decay, decay_strength=decay_strength, refresh=refresh, train=method_spec(train),

@@ -12,6 +12,7 @@ from compressllm.core.errors import CompressError
 from compressllm.core.protocols import ADAPTERS
 from compressllm.core.registry import Spec, build
 from compressllm.recover.losses import LossWeights
+from compressllm.recover.records import RecordConfig
 from compressllm.recover.schedules import learning_rate
 
 T = TypeVar("T")
@@ -29,6 +30,10 @@ class RecoverConfig(Config):
     """Text to train on: names from `compressllm list sources`, or files. Their calibration part is taken."""
     mixture: tuple[float, ...] = ()
     """Share of the tokens each source gives, in their order; in proportion to their length unless given."""
+    records: tuple[str, ...] = ()
+    """JSON lines of prompts and responses to train on in place of text; only responses count in the loss."""
+    record: RecordConfig = RecordConfig()
+    """How those are read."""
     held_out: float = Field(default=0.02, gt=0, lt=0.5)
     """Share of the training windows that is not trained on: it chooses the best checkpoint and tells divergence."""
     seqlen: int = Field(default=512, ge=2)
@@ -57,6 +62,8 @@ class RecoverConfig(Config):
     """Largest norm of the gradient; None leaves it."""
     losses: str = "kl=1.0"
     """Weights of the losses ce, kl, reverse_kl and squarehead, as in kl=1.0,squarehead=0.5."""
+    teacher_cache: int | None = Field(default=None, ge=1)
+    """Have the teacher answer all windows once, and keep its most likely so many tokens on disk; None asks it anew."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the distillation losses."""
     masking: Literal["fixed", "ast", "deferred"] = "fixed"

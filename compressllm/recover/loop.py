@@ -78,12 +78,15 @@ class Training:
     def _step(self, step: int, order: Order, progress: Progress) -> dict[str, float]:
         """One optimizer step, counted into ``progress``; what is told of it."""
         begun = time.perf_counter()
-        batches = self._batches(step, order)
-        counts = [float(sum(map(count_labels, batches))), float(sum(batch["input_ids"].numel() for batch in batches))]
+        batches = [(rows, self.data.batch(rows)) for rows in self._micro_batches(step, order)]
+        counts = [
+            float(sum(count_labels(batch) for _, batch in batches)),
+            float(sum(batch["input_ids"].numel() for _, batch in batches)),
+        ]
         labels, tokens = self.sharding.total(torch.tensor(counts)).tolist()
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            loss, parts = self.guide.loss(self.student, self._on_device(batch), labels)
+        for rows, batch in batches:
+            loss, parts = self.guide.loss(self.student, self._on_device(batch), labels, rows)
             for name, part in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, 0.0) + part.detach().double()
             self.accelerator.backward(loss * self.sharding.loss_scale)
@@ -103,11 +106,11 @@ class Training:
         self._label = f"{', '.join(f'{name} {value:.3f}' for name, value in losses.items())}, {speed:.0f} tokens/s"
         return {**losses, "lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
 
-    def _batches(self, step: int, order: Order) -> list[dict[str, Tensor]]:
-        """Micro-batches of a step that are this process's: of the windows every so many-th."""
+    def _micro_batches(self, step: int, order: Order) -> list[list[int]]:
+        """Rows of each micro-batch of a step that is this process's, who takes every so many-th of the step's rows."""
         count, ranks, size = self.config.windows_per_step, self.sharding.ranks, self.config.micro_batch
         mine = order.indices(step * count, count, ranks.rank, ranks.size)
-        return [self.data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from compressllm.core.cache import cache_folder
 from compressllm.core.compute import choose_device
 from compressllm.core.errors import FormatError, RecipeError
 from compressllm.core.protocols import ADAPTERS, Adapter
@@ -22,8 +23,9 @@ from compressllm.recover.adapters.trainable import trainable
 from compressllm.recover.attaching import final_masks, make_masking
 from compressllm.recover.checkpoint import Checkpoints
 from compressllm.recover.config import RecoverConfig
+from compressllm.recover.data import load_data
 from compressllm.recover.gradients import Gradients
-from compressllm.recover.guide import make_guide
+from compressllm.recover.guide import CacheOptions, make_guide
 from compressllm.recover.held import find_held
 from compressllm.recover.heldout import HeldOut
 from compressllm.recover.launching import accelerator_for
@@ -33,7 +35,6 @@ from compressllm.recover.optimizer import Optimizer
 from compressllm.recover.publish import Trained, publish, put_back_
 from compressllm.recover.sharding import Sharding, make_sharding
 from compressllm.recover.student import Student, checkpoint_activations_
-from compressllm.recover.textdata import load_text
 
 
 def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run | None = None) -> Bundle:
@@ -53,24 +54,17 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     accelerator, sharding = accelerator_for(device, run.ranks), make_sharding(config.sharding, run.ranks, device)
     _check_share(config, sharding)
     held = find_held(bundle, config, run)
-    data = load_text(
-        config.data,
-        bundle.tokenizer,
-        config.seqlen,
-        config.mixture,
-        config.held_out,
-        max_tokens=config.max_tokens,
-        max_seqlen=bundle.max_seqlen,
-        vocab_size=bundle.vocab_size,
-    )
-    for note in data.notes:
-        run.warn(note)
+    data = load_data(config, bundle, run)
 
     dtype = _compute_dtype(bundle, config, device)
     model = bundle.live(dtype, device)
     model.requires_grad_(True)
     student: nn.Module = Student(model, config.temperature)
-    guide = make_guide(LossWeights.parse(config.losses), config.teacher, bundle, model, device, dtype)
+    guide = make_guide(
+        LossWeights.parse(config.losses), config.teacher, bundle, model, device, dtype,
+        cached=CacheOptions(cache_folder() / "teachers", config.teacher_cache) if config.teacher_cache else None,
+        rows=data.train, run=run,
+    )  # fmt: skip
     adapter = None if config.train == "all" else build(ADAPTERS, config.train, {"seed": run.seed})
     plain = set(dict(model.named_parameters()))
     if adapter:

@@ -1,0 +1,37 @@
+"""What a training reads: text, or records of prompts and responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressllm.core.errors import CalibrationError
+from compressllm.core.run import Run
+from compressllm.models.bundle import Bundle
+from compressllm.recover.config import RecoverConfig
+from compressllm.recover.rows import TrainingData
+from compressllm.recover.taskdata import load_tasks
+from compressllm.recover.textdata import load_text
+
+
+def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
+    """The rows that settings name, for the bundle's tokenizer and vocabulary; warns of what was not done as asked.
+
+    Raises: RecipeError, CalibrationError.
+    """
+    tokens, longest, vocabulary = config.max_tokens, bundle.max_seqlen, bundle.vocab_size
+    if config.records:
+        paths = [Path(path).expanduser() for path in config.records]
+        if missing := next((path for path in paths if not path.is_file()), None):
+            raise CalibrationError(f"records: {missing} does not exist, or is no file; give JSON lines of records")
+        data = load_tasks(
+            paths, bundle.tokenizer, config.seqlen, config.record, config.held_out,
+            max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
+        )  # fmt: skip
+    else:
+        data = load_text(
+            config.data, bundle.tokenizer, config.seqlen, config.mixture, config.held_out,
+            max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
+        )  # fmt: skip
+    for note in data.notes:
+        run.warn(note)
+    return data
