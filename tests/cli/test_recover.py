@@ -1,0 +1,171 @@
+"""``compressllm recover`` from end to end on the trained tiny model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHORT = ("--seqlen", 64, "--max-tokens", 12_000, "--batch-tokens", 1024, "--micro-batch", 8, "--lr", 1e-3)
+
+
+@pytest.fixture
+def pruned(cli: Callable[..., Any], tiny: str, text: str, tmp_path: Path) -> Path:
+    flags = ("--method", "wanda", "--pattern", "2:4", "--data", text, "--samples", 8, "--seqlen", 64)
+    assert cli("prune", tiny, tmp_path / "pruned", *flags).code == 0
+    return tmp_path / "pruned"
+
+
+def perplexity(cli: Callable[..., Any], model: object) -> float:
+    data = str(Path(__file__).parent.parent / "tiny" / "eval.txt")
+    return float(cli("eval", model, "--data", data, "--seqlen", 128, "--windows", 60, "--json").json["perplexity"])
+
+
+def test_recovers_verifies_exports_and_reloads(
+    cli: Callable[..., Any], pruned: Path, tiny: str, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--teacher", tiny, "--data", text, *SHORT)
+    done = cli("recover", pruned, out, *flags, "--json")
+    assert done.code == 0, done.err
+    assert "tokens/s" in done.err
+    metrics = done.json["stages"][0]["metrics"]
+    assert metrics["tokens"] == 12 * 1024
+    measured = metrics["held_out_perplexity"]
+    assert measured["teacher"] < measured["after"] < measured["before"]
+    assert metrics["gap_closed"] > 0.5
+    assert cli("verify", out, "--pattern", "2:4").code == 0
+
+    dense, before, after = (perplexity(cli, model) for model in (tiny, pruned, out))
+    assert dense < after < before
+    assert (before - after) / (before - dense) > 0.5, "most of what pruning cost on other text is won back"
+    assert cli("export", out, tmp_path / "packed", "--format", "packed").code == 0
+    assert perplexity(cli, tmp_path / "packed") == pytest.approx(after, rel=1e-6)
+
+    assert cli("recover", pruned, tmp_path / "ce", "--losses", "ce=1.0", "--data", text, *SHORT).code == 0
+    assert after < perplexity(cli, tmp_path / "ce"), "a teacher says more than the text"
+
+
+def test_a_finished_run_is_taken_up_and_another_refused(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, text: str, tmp_path: Path
+) -> None:
+    few = ("--teacher", tiny, "--data", text, "--seqlen", 64, "--batch-tokens", 256)
+    assert cli("recover", one_pruned, tmp_path / "out", *few, "--max-tokens", 512).code == 0
+    assert cli("recover", one_pruned, tmp_path / "out", *few, "--max-tokens", 512).code == 0
+    other = cli("recover", one_pruned, tmp_path / "out", *few, "--max-tokens", 1024, "--lr", 0.1)
+    assert other.code == 2
+    assert "stages.0.recover.max_tokens: 512 then, 1024 now" in other.err
+    assert "stages.0.recover.lr: 0.0003 then, 0.1 now" in other.err
+
+
+def test_records_train_on_responses(cli: Callable[..., Any], one_pruned: Path, tiny: str, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {number}.", "output": f"{number} it is."} for number in range(40)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--teacher",
+        tiny,
+        "--records",
+        tmp_path / "records.jsonl",
+        "--seqlen",
+        64,
+        "--losses",
+        "ce=1,squarehead=1",
+    )
+    done = cli("recover", one_pruned, tmp_path / "out", *flags, "--max-tokens", 1024, "--batch-tokens", 256, "--json")
+    assert done.code == 0, done.err
+    data = done.json["stages"][0]["metrics"]["data"]
+    assert data["used"] == 40
+    assert data["tokens_with_labels"] < data["tokens_of_records"]
+
+
+def test_a_cached_teacher_answers_once(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSLLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "some.txt").write_text(Path(text).read_text()[:4000])
+    flags = ("--teacher", tiny, "--data", tmp_path / "some.txt", "--seqlen", 64, "--teacher-cache", 32)
+    few = ("--max-tokens", 512, "--batch-tokens", 256)
+    assert cli("recover", one_pruned, tmp_path / "one", *flags, *few).code == 0
+    made = sorted(path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert made
+    assert cli("recover", one_pruned, tmp_path / "two", *flags, *few, "--seed", 1).code == 0
+    assert made == sorted(path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_budget_check_says_how_far_decay_reaches(cli: Callable[..., Any], tiny: str, tmp_path: Path) -> None:
+    flags = ("--losses", "ce=1", "--masking", "ast", "--pattern", "2:4", "--batch-tokens", 512, "--budget-check")
+    short = cli("recover", tiny, tmp_path / "out", *flags, "--max-tokens", 2048, "--json")
+    assert short.code == 0, short.err
+    assert short.json["headroom"] == pytest.approx(short.json["reachable"] / short.json["masked_mean"])
+    assert "train longer" in short.json["warning"]
+    long = cli("recover", tiny, tmp_path / "out", *flags, "--max-tokens", 2_000_000, "--json").json
+    assert long["warning"] is None
+    assert long["reachable"] > 100 * short.json["reachable"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), "losses kl=1.0 need a teacher"),
+        (("--losses", "lk=1"), "unknown loss 'lk'; did you mean 'kl'"),
+        (("--losses", "ce=1", "--masking", "moving"), "masking"),
+        (("--losses", "ce=1", "--train", "masklroa"), "unknown adapter 'masklroa'; did you mean 'masklora'"),
+        (("--losses", "ce=1", "--train", "masklora", "--masking", "ast"), "train: masklora holds masks as they are"),
+        (("--losses", "ce=1", "--data", "nothing.txt"), "nothing.txt: does not exist"),
+        (("--losses", "ce=1", "--records", "nothing.jsonl"), "nothing.jsonl does not exist"),
+        (("--losses", "ce=1", "--mixture", "0.5,0.5"), "mixture has 2 shares for 1 sources"),
+        (("--losses", "ce=1", "--seqlen", "100000"), "seqlen 100000"),
+        (("--losses", "ce=1", "--pattern", "1:4"), "breaks 1:4"),
+        (("--losses", "ce=1", "--sharding", "fsdp2"), "fsdp2 needs several processes"),
+        (("--teacher", "./nowhere", "--seqlen", "64"), "nowhere: does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    cli: Callable[..., Any], one_pruned: Path, tmp_path: Path, flags: tuple[str, ...], says: str
+) -> None:
+    done = cli("recover", one_pruned, tmp_path / "out", *flags)
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code == 2, done
+    assert len(errors) == 1, done.err
+    assert says in errors[0], errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def one_pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its smallest weights zeroed, made once."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from compressllm.core.pattern import NM
+
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    shutil.copytree(Path(__file__).parent.parent / "tiny" / "model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensors[name] = torch.where(NM(2, 4).keep(weight.abs()), weight, 0.0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_empty_text_is_refused(cli: Callable[..., Any], one_pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    done = cli(
+        "recover", one_pruned, tmp_path / "out", "--losses", "ce=1", "--data", tmp_path / "empty.txt", "--seqlen", 64
+    )
+    assert done.code == 2
+    assert "empty.txt" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_flat_parameters_are_refused(
+    cli: Callable[..., Any], one_pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = cli("recover", one_pruned, tmp_path / "out", "--losses", "ce=1")
+    assert done.code == 2
+    assert "FSDP1 flattens parameters away from their masks" in done.err
