@@ -41,6 +41,7 @@ def recover(
     decay_strength: Annotated[float | None, flag(RecoverConfig, "decay_strength")] = None,
     refresh: Annotated[int | None, flag(RecoverConfig, "refresh")] = None,
     train: Annotated[str | None, flag(RecoverConfig, "train")] = None,
+    slorb: Annotated[str | None, flag(RecoverConfig, "slorb", "A mapping, as in '{block: 16, export: drop}'.")] = None,
     activation_checkpointing: Annotated[bool | None, flag(RecoverConfig, "activation_checkpointing")] = None,
     sharding: Annotated[str | None, flag(RecoverConfig, "sharding")] = None,
     seed: Seed = 0,
@@ -53,15 +54,16 @@ def recover(
     as_json: AsJson = False,
 ) -> None:
     """Train a pruned model back towards its dense teacher, under its masks. The result is OUT/model."""
-    from compressllm.stages.recipe import make_recipe, method_spec
+    from compressllm.stages.recipe import make_recipe, method_spec, switch_or_mapping
 
     settings = given(
-        teacher=teacher, data=data, mixture=_numbers(mixture), records=records,
-        teacher_cache=teacher_cache, held_out=held_out, seqlen=seqlen, max_tokens=max_tokens,
-        batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup, schedule=schedule,
-        weight_decay=weight_decay, clip=clip, losses=losses, temperature=temperature, masking=masking, pattern=pattern,
-        skip=skip, decay=decay, decay_strength=decay_strength, refresh=refresh, train=method_spec(train),
-        activation_checkpointing=activation_checkpointing, sharding=sharding, dtype=dtype, device=device,
+        teacher=teacher, data=data, mixture=_numbers(mixture), records=records, held_out=held_out, seqlen=seqlen,
+        max_tokens=max_tokens, batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup,
+        schedule=schedule, weight_decay=weight_decay, clip=clip, losses=losses, teacher_cache=teacher_cache,
+        temperature=temperature, masking=masking, pattern=pattern, skip=skip, decay=decay,
+        decay_strength=decay_strength, refresh=refresh, train=method_spec(train),
+        slorb=switch_or_mapping(slorb, "--slorb"), activation_checkpointing=activation_checkpointing,
+        sharding=sharding, dtype=dtype, device=device,
     )  # fmt: skip
     recipe = make_recipe({"model": student, "seed": seed, "stages": [{"recover": settings}]})
     if budget_check:

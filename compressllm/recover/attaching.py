@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,18 +16,15 @@ from compressllm.recover.schedules import annealed_decay
 from compressllm.recover.sharding import Sharding
 
 
-def make_masking(
-    held: Held, trained: Iterable[str], shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding
-) -> Masking:
+def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding) -> Masking:
     """The masking that settings name, of those held weights that are trained.
 
     Args:
-        trained: Names of the parameters that are.
-        shapes: Parameter -> whole shape.
+        shapes: Trained parameter -> whole shape.
 
     Raises: UnsupportedModelError if masks are to move that cannot.
     """
-    weights = _masked_weights(held, set(trained), shapes, sharding)
+    weights = _masked_weights(held, shapes, sharding)
     if config.masking == "fixed":
         return Masking(weights)
     for name, linear in held.linears.items():
@@ -62,13 +59,11 @@ def final_masks(held: Held, masking: Masking, shapes: Mapping[str, torch.Size], 
     return masks
 
 
-def _masked_weights(
-    held: Held, trained: set[str], shapes: Mapping[str, torch.Size], sharding: Sharding
-) -> dict[str, MaskedWeight]:
+def _masked_weights(held: Held, shapes: Mapping[str, torch.Size], sharding: Sharding) -> dict[str, MaskedWeight]:
     weights: dict[str, MaskedWeight] = {}
     whole: dict[str, torch.Tensor] = {}
     for name, linear in held.linears.items():
-        if linear.parameter not in trained:
+        if linear.parameter not in shapes:
             continue
         keep = linear.turned(held.masks[name])
         if linear.expert is not None:  # one of many in a parameter; what no mask is of is kept

@@ -21,6 +21,17 @@ T = TypeVar("T")
 Source = str | dict[str, dict[str, Any] | None]
 
 
+class SlorbConfig(Config):
+    """Branches beside masked linears while they are trained."""
+
+    block: int = Field(default=16, ge=1)
+    """Inputs that share a column."""
+    projected: bool = True
+    """Train both factors of a branch, not only the outer one."""
+    export: Literal["forbid", "drop"] = "forbid"
+    """What becomes of the branches, which no checkpoint with the masks' zeros can hold: drop leaves them out."""
+
+
 class RecoverConfig(Config):
     """Train a pruned model back towards its dense teacher, under its masks."""
 
@@ -85,6 +96,8 @@ class RecoverConfig(Config):
     """Share of the steps, the last ones, in which masks do not move any more."""
     train: str | dict[str, dict[str, Any] | None] = "all"
     """What trains: all parameters, or an adapter from `compressllm list adapters`, or {name: {option: value}}."""
+    slorb: SlorbConfig | None = None
+    """Train with dense low-rank branches beside the masked linears; see its `export`."""
     activation_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
@@ -119,11 +132,18 @@ class RecoverConfig(Config):
             raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} leave no step between them")
         if self.masking != "fixed" and self.train != "all":
             raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
+        if self.slorb and (self.train != "all" or self.sharding != "replicated"):
+            raise ValueError("slorb: its branches train beside whole weights; leave train and sharding out")
         if self.train != "all" and self.sharding != "replicated":
             raise ValueError(f"train: {self.train} is small enough to be replicated; leave sharding out")
-        if self.teacher is None and LossWeights.parse(self.losses).need_teacher:
+        if self.teacher is None and self.loss_weights.need_teacher:
             raise ValueError(f"losses {self.losses} need a teacher; give one, or train with ce=1.0 alone")
         return self
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """How much each loss counts."""
+        return LossWeights.parse(self.losses)
 
     @property
     def windows_per_step(self) -> int:
