@@ -117,6 +117,8 @@ def make_guide(
             raise RecipeError("squarehead: compares block outputs, which are not cached; take kl, or no teacher cache")
         check_shape(model, opened.model)
     if cached and rows is not None:
-        load = partial(ResidentTeacher, opened, device, dtype)
-        return Guide(weights, cache=open_cache(cached.root, opened, rows, load, run or Run(), k=cached.k))
+        run, load = run or Run(), partial(ResidentTeacher, opened, device, dtype)
+        cache = open_cache(cached.root, opened, rows, load, run, k=cached.k)
+        run.metrics["teacher_cache"] = {name: cache.facts[name] for name in ("k", "captured_mass")}
+        return Guide(weights, cache=cache)
     return Guide(weights, ResidentTeacher(opened, device, dtype), None, find_blocks(model).modules, paper_exact)
