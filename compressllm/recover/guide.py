@@ -17,6 +17,7 @@ from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.recover.headchunks import IGNORED, Teacher
 from compressllm.recover.losses import LossWeights
+from compressllm.recover.packing import PackedRows, check_packing
 from compressllm.recover.rows import Rows
 from compressllm.recover.squarehead import block_outputs, check_shape, squarehead
 from compressllm.recover.teacher import ResidentTeacher, open_teacher
@@ -103,9 +104,10 @@ def make_guide(
         device: The teacher's.
         dtype: Of the teacher's weights.
         cached: Have the teacher answer ``rows`` once, beforehand. The dtype is then the cache maker's.
+        rows: What is trained on.
 
     Raises: RecipeError for a teacher that is missing, of another vocabulary, or, with SquareHead, of another shape or
-        cached; what `open_cache` raises.
+        cached; UnsupportedModelError for one in which packed records see each other; what `open_cache` raises.
     """
     if not weights.need_teacher:
         return Guide(weights)
@@ -116,7 +118,17 @@ def make_guide(
         if cached:
             raise RecipeError("squarehead: compares block outputs, which are not cached; take kl, or no teacher cache")
         check_shape(model, opened.model)
+    load = partial(_load, opened, device, dtype, isinstance(rows, PackedRows))
     if cached and rows is not None:
-        load = partial(ResidentTeacher, opened, device, dtype)
-        return Guide(weights, cache=open_cache(cached.root, opened, rows, load, run or Run(), k=cached.k))
-    return Guide(weights, ResidentTeacher(opened, device, dtype), None, find_blocks(model).modules, paper_exact)
+        run = run or Run()
+        cache = open_cache(cached.root, opened, rows, load, run, k=cached.k)
+        run.metrics["teacher_cache"] = {name: cache.facts[name] for name in ("k", "captured_mass")}
+        return Guide(weights, cache=cache)
+    return Guide(weights, load(), None, find_blocks(model).modules, paper_exact)
+
+
+def _load(bundle: Bundle, device: torch.device, dtype: torch.dtype, packed: bool) -> ResidentTeacher:
+    teacher = ResidentTeacher(bundle, device, dtype)
+    if packed:
+        check_packing(teacher.model)
+    return teacher

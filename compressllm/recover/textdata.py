@@ -22,6 +22,8 @@ from compressllm.recover.rows import TrainingData, tensors_sha256
 _DOCUMENTS_AT_ONCE: Final = 64  # fast tokenizers take a list on all cores
 #: Documents are shuffled with this seed, not the run's: runs with different seeds hold out the same text.
 _SHUFFLE: Final = 0
+#: Tokens that are made of one source at most, unless more are to be trained on: of a web crawl a shard has 160 million.
+_MOST_TOKENS: Final = 20_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ def load_text(
 
     The documents of a source are shuffled, tokenised one by one with the tokenizer's default special tokens, packed
     with EOS between them, and cut end to end; what is left over is dropped. The last windows of each source are
-    held out.
+    held out. Of a very large source only as many documents are taken as can be needed.
 
     Args:
         tokenizer: The student's; None will do for token ids.
@@ -91,7 +93,8 @@ def load_text(
         or whose ids are out of range.
     """
     _check(sources, seqlen, shares, held_out, max_seqlen)
-    read = [_read(spec, tokenizer, seqlen, vocab_size) for spec in sources]
+    most = max(_MOST_TOKENS, 2 * (max_tokens or 0))
+    read = [_read(spec, tokenizer, seqlen, vocab_size, most) for spec in sources]
     sizes = [len(one.ids) for one in read]
     total = sum(sizes)
     parts = [share / sum(shares) for share in shares] or [size / total for size in sizes]
@@ -134,7 +137,9 @@ class _Read:
     facts: dict[str, Any]
 
 
-def _read(spec: Spec, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, vocab_size: int | None) -> _Read:
+def _read(
+    spec: Spec, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, vocab_size: int | None, most: int
+) -> _Read:
     name, source = describe_source(spec), open_source(spec)
     if isinstance(source, TokenIds):
         ids = source.read(vocab_size).int()
@@ -148,7 +153,8 @@ def _read(spec: Spec, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, vo
     for text in texts:
         digest.update(f"{len(text)}\n{text}".encode())
     Random(_SHUFFLE).shuffle(texts)
-    stream = pack(list(_tokenized(texts, tokenizer)), tokenizer.eos_token_id)
+    documents = list(_tokenized(texts, tokenizer, most))
+    stream = pack(documents, tokenizer.eos_token_id)
     count = len(stream) // seqlen
     if not count:
         raise CalibrationError(
@@ -162,6 +168,7 @@ def _read(spec: Spec, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, vo
     facts = {
         "source": name,
         "documents": len(texts),
+        "documents_taken": len(documents),
         "tokens": len(stream),
         "windows": count,
         "text_sha256": digest.hexdigest(),
@@ -169,12 +176,17 @@ def _read(spec: Spec, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, vo
     return _Read(name, stream[: count * seqlen].view(count, seqlen), facts)
 
 
-def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int) -> Iterator[Tensor]:
+    """Ids of one document after another, until they come to ``most``."""
+    seen = 0
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
         some = list(texts[start : start + _DOCUMENTS_AT_ONCE])
         # Not verbose: texts longer than the model's context are what we cut windows from, not a mistake.
         for ids in tokenizer(some, verbose=False)["input_ids"]:
             yield torch.tensor(ids, dtype=torch.int32)
+            seen += len(ids)
+        if seen >= most:
+            return
 
 
 def _check(
@@ -198,5 +210,8 @@ def _notes(
     if passes is not None and passes > 1:
         yield f"data: {tokens} tokens are fewer than are to be trained on; {passes:.1f} passes are made over them"
     for one, count, rest in zip(read, taken, left, strict=True):
+        documents, used = one.facts.get("documents", 0), one.facts.get("documents_taken", 0)
+        if used < documents:
+            yield f"data: {one.name}: {used} of its {documents} documents are taken, which come to enough tokens"
         if count > rest:
             yield f"data: {one.name}: its share is {count / rest:.1f} times its {rest} windows; they recur in each pass"

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, OPTConfig, PreTrainedModel
 
-from compressllm.core.errors import RecipeError
+from compressllm.core.errors import RecipeError, UnsupportedModelError
 from compressllm.models.bundle import Bundle
-from compressllm.recover.guide import Guide, make_guide
+from compressllm.recover.conversation import Encoded
+from compressllm.recover.guide import CacheOptions, Guide, make_guide
 from compressllm.recover.head import head_of, hidden_states
 from compressllm.recover.headloss import head_loss
 from compressllm.recover.losses import LossWeights
+from compressllm.recover.packing import pack_records
 from compressllm.recover.teacher import ResidentTeacher, check_tokenizers, open_teacher
-from compressllm.recover.textdata import next_tokens
+from compressllm.recover.textdata import TextRows, next_tokens
 
 TINY = Path(__file__).parents[2] / "tiny" / "model"
 CPU = torch.device("cpu")
@@ -122,6 +124,20 @@ def test_refuses_a_teacher_that_does_not_fit(
     deeper = build_model(LlamaConfig(**shape, vocab_size=64, num_hidden_layers=4))
     with pytest.raises(RecipeError, match="student has 4 blocks, the teacher 3"):
         make_guide(LossWeights(squarehead=1.0), str(tiny_llama_folder), Bundle(deeper), deeper, CPU, torch.float32)
+
+
+def test_refuses_a_teacher_in_which_packed_records_see_each_other(
+    build_model: Callable[..., PreTrainedModel], tmp_path: Path, windows: Tensor
+) -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = build_model(OPTConfig(**sizes, vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=64))
+    opt.save_pretrained(tmp_path)
+    packed = pack_records([Encoded([3, 4, 5], [False, True, True])] * 2, 8, pad=0)
+    arguments = (LossWeights(kl=1.0), str(tmp_path), Bundle(opt), opt, CPU, torch.float32)
+    assert make_guide(*arguments, rows=TextRows(windows.int())).teacher
+    for cached in (None, CacheOptions(tmp_path / "cache")):
+        with pytest.raises(UnsupportedModelError, match="train with packing off"):
+            make_guide(*arguments, rows=packed, cached=cached)
 
 
 def test_refuses_a_teacher_with_other_tokens() -> None:

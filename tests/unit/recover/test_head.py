@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedModel
 
 from compressllm.core.errors import UnsupportedModelError
 from compressllm.recover.head import head_of, hidden_states
@@ -30,13 +30,18 @@ SHAPED = {
 
 
 def check(model: PreTrainedModel) -> None:
-    """Cross entropy at the head is the model's own loss."""
+    """Cross entropy at the head is the model's own loss, and so are the gradients of all parameters."""
+    model.requires_grad_(True)
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
     hidden = hidden_states(model, {"input_ids": ids, "labels": labels})
     loss, _ = head_loss(hidden.flatten(0, 1), head_of(model), labels.flatten(), None, LossWeights(ce=1.0))
     own = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    wanted, got = (torch.autograd.grad(one, parameters, allow_unused=True) for one in (own, loss))
+    assert any(one is not None for one in wanted)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_loss_is_the_models_own(decoder: PreTrainedModel) -> None:
@@ -49,6 +54,12 @@ def test_scaled_and_capped_logits(name: str, build_model: Callable[..., PreTrain
     model = build_model(config())
     head = head_of(model)
     assert {key: getattr(head, key) for key in expected} == expected
+    check(model)
+
+
+def test_a_head_tied_to_the_embedding(build_model: Callable[..., PreTrainedModel]) -> None:
+    model = build_model(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     check(model)
 
 

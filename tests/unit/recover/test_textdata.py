@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressllm.core.errors import CalibrationError, RecipeError
+from compressllm.recover import textdata
 from compressllm.recover.rows import Order, TrainingData
 from compressllm.recover.textdata import load_text
 
@@ -104,6 +105,19 @@ def test_tells_how_many_passes_the_tokens_take(letters: str, tokenizer: PreTrain
     assert data.facts["passes"] == pytest.approx(10_000 / (len(data.train) * 16))
     assert "passes are made over them" in data.notes[0]
     assert not load_text([letters], tokenizer, 16, max_tokens=100).notes
+
+
+def test_of_a_very_large_source_only_a_part_is_taken(
+    letters: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textdata, "_MOST_TOKENS", 300)
+    monkeypatch.setattr(textdata, "_DOCUMENTS_AT_ONCE", 3)
+    data = load_text([letters], tokenizer, 16)
+    (facts,) = data.facts["sources"]
+    assert 300 <= facts["tokens"] < 300 + 4 * 60
+    assert facts["documents_taken"] < facts["documents"] == 40
+    assert "of its 40 documents are taken" in data.notes[0]
+    assert load_text([letters], tokenizer, 16, max_tokens=10_000).facts["sources"][0]["documents_taken"] == 40
 
 
 def test_token_ids_are_taken_as_given(tmp_path: Path) -> None:
