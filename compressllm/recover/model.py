@@ -23,6 +23,7 @@ from compressllm.recover.heldout import HeldOut
 from compressllm.recover.launching import accelerator_for
 from compressllm.recover.loop import Training
 from compressllm.recover.optimizer import Optimizer
+from compressllm.recover.packing import PackedRows
 from compressllm.recover.publish import publish, put_back_
 from compressllm.recover.sharding import Sharding, make_sharding
 from compressllm.recover.trainee import Trainee
@@ -48,7 +49,8 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     data = load_data(config, bundle, run)
 
     dtype = _compute_dtype(bundle, config, device)
-    trainee = Trainee(bundle, held, config, sharding, dtype, run.seed)
+    packed = isinstance(data.train, PackedRows)
+    trainee = Trainee(bundle, held, config, sharding, dtype, run.seed, packed)
     cached = CacheOptions(cache_folder() / "teachers", config.teacher_cache) if config.teacher_cache else None
     weights, model = config.loss_weights, trainee.model
     guide = make_guide(weights, config.teacher, bundle, model, device, dtype, cached=cached, rows=data.train, run=run)

@@ -19,6 +19,7 @@ from compressllm.recover.adapters.trainable import trainable
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.held import Held, weights_of
 from compressllm.recover.optimizer import Optimizer
+from compressllm.recover.packing import check_packing
 from compressllm.recover.publish import Trained
 from compressllm.recover.sharding import Sharding
 from compressllm.recover.slorb import SLoRB
@@ -32,6 +33,7 @@ class Trainee:
         bundle: Its weights are read here.
         dtype: What is computed in, and of the parameters.
         seed: Of what an adapter begins with.
+        packed: Whether it is to be trained on several records a row, which must not see each other.
 
     Attributes:
         model: With its weights in memory.
@@ -50,9 +52,12 @@ class Trainee:
         sharding: Sharding,
         dtype: torch.dtype,
         seed: int,
+        packed: bool = False,
     ) -> None:
         self._bundle, self._dtype, self._sharding = bundle, dtype, sharding
         self.model = bundle.live(dtype, sharding.device)
+        if packed:
+            check_packing(self.model)
         self.model.requires_grad_(True)
         self.student = Student(self.model, config.temperature)
         self._plain = set(dict(self.model.named_parameters()))
