@@ -44,6 +44,8 @@ def recover(
     slorb: Annotated[str | None, flag(RecoverConfig, "slorb", "A mapping, as in '{block: 16, export: drop}'.")] = None,
     activation_checkpointing: Annotated[bool | None, flag(RecoverConfig, "activation_checkpointing")] = None,
     sharding: Annotated[str | None, flag(RecoverConfig, "sharding")] = None,
+    evaluate_every: Annotated[float | None, flag(RecoverConfig, "evaluate_every")] = None,
+    save_every: Annotated[float | None, flag(RecoverConfig, "save_every")] = None,
     seed: Seed = 0,
     dtype: Annotated[str | None, flag(RecoverConfig, "dtype")] = None,
     device: Annotated[str | None, flag(RecoverConfig, "device")] = None,
@@ -63,7 +65,8 @@ def recover(
         temperature=temperature, masking=masking, pattern=pattern, skip=skip, decay=decay,
         decay_strength=decay_strength, refresh=refresh, train=method_spec(train),
         slorb=switch_or_mapping(slorb, "--slorb"), activation_checkpointing=activation_checkpointing,
-        sharding=sharding, dtype=dtype, device=device,
+        sharding=sharding, evaluate_every=evaluate_every,
+        save_every=save_every, dtype=dtype, device=device,
     )  # fmt: skip
     recipe = make_recipe({"model": student, "seed": seed, "stages": [{"recover": settings}]})
     if budget_check:

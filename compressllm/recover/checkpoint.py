@@ -93,20 +93,15 @@ class Checkpoints:
             for old in self._folder.glob("checkpoint-*"):
                 if old.name != name:
                     shutil.rmtree(old)
+            self._drop_best_but(self._named_best())
 
     def save_best(self, step: int) -> str:
         """Keep the weights after ``step`` as they are used, and their masks; the name is for `load_best_`."""
         name = f"best-{step:07d}"
         state = {f"{key}.weight": (self._optimizer.result(key), self._shapes[key]) for key in self._shapes}
         self._write(name, {**state, **dict(self._masks())})
+        self._drop_best_but(name, self._named_best())
         return name
-
-    def drop_best_but(self, name: str | None) -> None:
-        """Remove what `save_best` kept before; to be called once a checkpoint names the new one."""
-        if self._writes and self._folder:
-            for old in self._folder.glob("best-*"):
-                if old.name != name:
-                    shutil.rmtree(old)
 
     def load_best_(self, name: str) -> None:
         """Put weights that `save_best` kept, and their masks, into the optimizer; moments are left."""
@@ -124,6 +119,17 @@ class Checkpoints:
         if self._writes and self._folder:
             for old in (*self._folder.glob("checkpoint-*"), *self._folder.glob("best-*")):
                 shutil.rmtree(old)
+
+    def _named_best(self) -> str | None:
+        """The best weights that the last checkpoint goes on with."""
+        name: str | None = self.facts.get("best", {}).get("name")
+        return name
+
+    def _drop_best_but(self, *names: str | None) -> None:
+        if self._writes and self._folder:
+            for old in self._folder.glob("best-*"):
+                if old.name not in names:
+                    shutil.rmtree(old)
 
     def _state(self) -> Iterable[tuple[str, tuple[Tensor, torch.Size]]]:
         of = (self._optimizer.weights, self._optimizer.first, self._optimizer.second)

@@ -103,7 +103,9 @@ class RecoverConfig(Config):
     sharding: Literal["replicated", "fsdp2"] = "replicated"
     """With several processes: whether each holds the whole model, or a share of every tensor."""
     evaluate_every: float = Field(default=0.1, gt=0, le=1)
-    """Share of the steps between two looks at the held-out windows; each saves a checkpoint as well."""
+    """Share of the steps between two looks at the held-out windows."""
+    save_every: float = Field(default=0.1, gt=0, le=1)
+    """Share of the steps between two checkpoints, from which a killed run goes on; 1 makes none."""
     diverged: float = Field(default=2.0, gt=0)
     """Nats by which the held-out loss may rise over its best before training is given up."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -57,7 +57,7 @@ class Training:
             progress.before = self._measure(progress, metrics)
             if self.guide.teacher:
                 progress.teacher = self.held_out.teacher_nll(self.guide.teacher)
-        period = max(1, round(self.config.evaluate_every * steps))
+        looks, saves = (max(1, round(share * steps)) for share in (self.config.evaluate_every, self.config.save_every))
         order = Order(len(self.data), self.run.seed)
         self._label = "recovering"
         for step in self.run.track(range(done, steps), steps - done, lambda: self._label):
@@ -66,11 +66,11 @@ class Training:
                 progress.masks = self._refresh_()
                 row |= progress.masks
             metrics.write(step=step + 1, **row)
-            if (step + 1) % period == 0 or step + 1 == steps:
+            if (step + 1) % looks == 0 or step + 1 == steps:
                 self._measure(progress, metrics)
+            if (step + 1) % saves == 0 and step + 1 < steps:
                 metrics.sync()
                 self.checkpoints.save(step + 1, vars(progress))
-                self.checkpoints.drop_best_but(progress.best.get("name"))
         if progress.best["name"]:
             self.checkpoints.load_best_(progress.best["name"])
         return progress

@@ -39,27 +39,30 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             alone = parameter.dtype != torch.float32 or (name in moving and masking.name == "ast")
             self.weights[name] = parameter.to(torch.float32, copy=True) if alone else parameter
-        self._apart = [name for name, weight in self.weights.items() if weight is not self._parameters[name]]
         # Moments of all are made now, so that a checkpoint's layout is known and memory does not grow after step one.
         self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self._moving = [name for name in self.weights if name in moving]
-        plain = [name for name in self.weights if name not in moving]
-        matrices = [self.weights[name] for name in plain if self.weights[name].dim() > 1]
-        vectors = [self.weights[name] for name in plain if self.weights[name].dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+        self._plain = [name for name in self.weights if name not in moving]
+        self._apart = [
+            [name for name in names if self.weights[name] is not self._parameters[name]]
+            for names in (self._moving, self._plain)
         ]
-        self._plain = plain
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]] or [torch.empty(0)], betas=betas, eps=_EPSILON, fused=True
-        )
-        for name in plain:
+        self._adamw = self._ordinary_adamw()
+        self.write_()
+
+    def _ordinary_adamw(self) -> torch.optim.AdamW:
+        """Torch's own, in one pass over memory, of the weights that no moving mask is on; its moments are ours."""
+        matrices = [self.weights[name] for name in self._plain if self.weights[name].dim() > 1]
+        vectors = [self.weights[name] for name in self._plain if self.weights[name].dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": self._weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        used = [group for group in groups if group["params"]] or [{"params": [torch.empty(0)]}]
+        adamw = torch.optim.AdamW(used, betas=self._betas, eps=_EPSILON, fused=True)
+        for name in self._plain:
             weight = self.weights[name]
             step = torch.zeros((), device=weight.device)
-            self._adamw.state[weight] = {"step": step, "exp_avg": self.first[name], "exp_avg_sq": self.second[name]}
-        self.write_()
+            adamw.state[weight] = {"step": step, "exp_avg": self.first[name], "exp_avg_sq": self.second[name]}
+        return adamw
 
     def step_(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One update from float32 gradients, which masking has cleaned; writes the parameters."""
@@ -83,10 +86,11 @@ class Optimizer:
 
     def write_(self) -> None:
         """Write the parameters from the weights behind them, where these are not the same tensor."""
-        for name in self._apart:
-            masked = name in self._masking.weights
-            value = self._masking.forward_weight(name, self.weights[name]) if masked else self.weights[name]
-            self._parameters[name].copy_(value)
+        moving, plain = self._apart
+        for name in moving:
+            self._parameters[name].copy_(self._masking.forward_weight(name, self.weights[name]))
+        if plain:
+            torch._foreach_copy_([self._parameters[name] for name in plain], [self.weights[name] for name in plain])
 
     def result(self, name: str) -> Tensor:
         """The float32 weight as it is to be used once training is over, 0.0 wherever it is pruned."""

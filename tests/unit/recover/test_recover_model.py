@@ -52,6 +52,7 @@ def settings(dense: Path, ids: str) -> Callable[..., RecoverConfig]:
         base = {
             "teacher": str(dense), "data": (ids,), "seqlen": 16, "held_out": 0.2, "max_tokens": 8 * 64,
             "batch_tokens": 64, "micro_batch": 2, "lr": LR, "warmup": 0.2, "refresh": 2, "evaluate_every": 0.25,
+            "save_every": 0.25,
         }  # fmt: skip
         return RecoverConfig(**{**base, **changes})
 
