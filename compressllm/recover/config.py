@@ -102,7 +102,7 @@ class RecoverConfig(Config):
     """Compute a block's activations again in the backward pass instead of keeping them."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
     """With several processes: whether each holds the whole model, or a share of every tensor."""
-    evaluate_every: float = Field(default=0.1, gt=0, le=1)
+    evaluate_every: float = Field(default=0.2, gt=0, le=1)
     """Share of the steps between two looks at the held-out windows."""
     save_every: float = Field(default=0.1, gt=0, le=1)
     """Share of the steps between two checkpoints, from which a killed run goes on; 1 makes none."""

@@ -141,6 +141,15 @@ def test_adapters_leave_the_zeros_where_they_are(adapter: str, student: Path, se
     assert not any("embed" in name or "lm_head" in name for name in changed)
 
 
+def test_branches_are_left_out_of_the_result(student: Path, settings, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a branch is dense, and no checkpoint"):
+        recovered(student, settings(slorb={"block": 8}), tmp_path / "refused")
+    after, run = recovered(student, settings(slorb={"block": 8, "export": "drop"}), tmp_path / "out")
+    assert run.metrics["slorb"]["branch_to_weight_norm"] > 0
+    assert weights(after).keys() == weights(open_bundle(str(student))).keys()
+    assert all(NM(2, 4).violations(weights(after)[f"{name}.weight"] != 0) == 0 for name in after.masks)
+
+
 def test_kept_weights_follow_the_data_order_of_the_seed(student: Path, settings, tmp_path: Path) -> None:
     one, _ = recovered(student, settings(), tmp_path / "one")
     same, _ = recovered(student, settings(), tmp_path / "same")
