@@ -42,12 +42,14 @@ def publish(bundle: Bundle, folder: Path, held: Held, masks: MaskStore, trained:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
     out = ShardWriter(work, source.specs) if first else None
+    tied: Mapping[str, str] = bundle.model.all_tied_weights_keys
     last: tuple[str, Tensor | None] = ("", None)
     for name, stored in names.items():
         linear = special.get(name)
         parameter = linear.parameter if linear else name
         if last[0] != parameter:  # experts of one tensor come one after the other
-            last = (parameter, trained(parameter))
+            value = trained(parameter)
+            last = parameter, trained(tied[parameter]) if value is None and parameter in tied else value
         if out is None:
             continue
         value = last[1]
@@ -58,6 +60,8 @@ def publish(bundle: Bundle, folder: Path, held: Held, masks: MaskStore, trained:
             check_linear(sparse[name], held.linears[sparse[name]].turned(value), masks, held.patterns)
         out.write(stored, value)
     if out is not None:
+        for stored in source.specs.keys() - set(names.values()):  # what the model does not read
+            out.write(stored, source.read(stored))
         _finish(bundle, work, names, held, masks, out)
         shutil.rmtree(final, ignore_errors=True)
         work.replace(final)

@@ -141,6 +141,23 @@ def test_adapters_leave_the_zeros_where_they_are(adapter: str, student: Path, se
     assert not any("embed" in name or "lm_head" in name for name in changed)
 
 
+def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_trained_with_it(
+    member: Callable[..., Path], build_model: Any, settings, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    teacher = other(build_model, tmp_path / "tied", tie_word_embeddings=True)
+    student = member("tied-student", open_bundle(teacher).live(), 1)
+    tensors = load_file(student / "model.safetensors")
+    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "unused": torch.arange(3.0)}
+    save_file(tensors | extra, student / "model.safetensors", {"format": "pt"})
+    after, _ = recovered(student, settings(teacher=teacher), tmp_path / "out")
+    written = weights(after)
+    assert not torch.equal(written["lm_head.weight"], extra["lm_head.weight"])
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert torch.equal(written["unused"], extra["unused"])
+
+
 def test_branches_are_left_out_of_the_result(student: Path, settings, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="a branch is dense, and no checkpoint"):
         recovered(student, settings(slorb={"block": 8}), tmp_path / "refused")
