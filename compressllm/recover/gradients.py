@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+
+#: Bytes of gradients beside the sums that are held for the sake of speed.
+_MOST_BYTES: Final = 4_000_000_000
 
 
 class Gradients:
@@ -35,6 +39,21 @@ class Gradients:
             elif name not in self._sums:
                 self._sums[name] = torch.zeros_like(self._local(parameter.detach()), dtype=torch.float32)
         return self._sums
+
+    def fit(self, copies: int) -> bool:
+        """Whether so many sets of them are little enough to be held at once, each of one backward pass."""
+        floats = all(parameter.dtype == torch.float32 for parameter in self._parameters.values())
+        return floats and copies * 4 * sum(p.numel() for p in self._parameters.values()) <= _MOST_BYTES
+
+    def of(self, loss: Tensor) -> dict[str, Tensor]:
+        """The gradients of one loss, apart from the sums; may be called by several threads at once."""
+        found = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
+        return {name: one for name, one in zip(self._parameters, found, strict=True) if one is not None}
+
+    def add_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add what `of` gave to the sums, and take it over."""
+        for name, gradient in gradients.items():
+            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
 
     def clear_(self) -> None:
         """Forget them."""

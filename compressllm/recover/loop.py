@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from compressllm.core.errors import TrainingError
+from compressllm.core.parallel import map_batches
 from compressllm.core.run import Run
 from compressllm.recover.checkpoint import Checkpoints
 from compressllm.recover.config import RecoverConfig, rate_of
@@ -85,11 +86,9 @@ class Training:
         ]
         labels, tokens = self.sharding.total(torch.tensor(counts)).tolist()
         sums: dict[str, Tensor] = {}
-        for rows, batch in batches:
-            loss, parts = self.guide.loss(self.student, self._on_device(batch), labels, rows)
-            for name, part in {"loss": loss, **parts}.items():
+        for parts in self._passes(batches, labels):
+            for name, part in parts.items():
                 sums[name] = sums.get(name, 0.0) + part.detach().double()
-            self.accelerator.backward(loss * self.sharding.loss_scale)
         losses = self._finite(step, sums)
         gradients = self.gradients.collect()
         self.sharding.sum_gradients_(gradients)
@@ -105,6 +104,36 @@ class Training:
         speed = tokens / took
         self._label = f"{', '.join(f'{name} {value:.3f}' for name, value in losses.items())}, {speed:.0f} tokens/s"
         return {**losses, "lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
+
+    def _passes(
+        self, batches: Sequence[tuple[list[int], dict[str, Tensor]]], labels: float
+    ) -> Iterator[dict[str, Tensor]]:
+        """Forward and backward of each micro-batch, whose losses are given; gradients go where they are summed.
+
+        On a CPU several run at once, each on one core, and are summed in order: that keeps cores busy where operators
+        split over them wait for each other.
+        """
+
+        def losses(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            rows, batch = batches[index]
+            return self.guide.loss(self.student, self._on_device(batch), labels, rows)
+
+        def gradients(index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            loss, parts = losses(index)
+            return {"loss": loss.detach(), **parts}, self.gradients.of(loss)
+
+        device = self.accelerator.device
+        threads = torch.get_num_threads()
+        alone = device.type != "cpu" or self.sharding.name != "replicated" or bool(self.guide.weights.squarehead)
+        if not alone and 1 < threads <= len(batches) and self.gradients.fit(threads + 1):
+            for parts, found in map_batches(gradients, len(batches), device, first_alone=False):
+                self.gradients.add_(found)
+                yield parts
+            return
+        for index in range(len(batches)):
+            loss, parts = losses(index)
+            self.accelerator.backward(loss * self.sharding.loss_scale)
+            yield {"loss": loss, **parts}
 
     def _micro_batches(self, step: int, order: Order) -> list[list[int]]:
         """Rows of each micro-batch of a step that is this process's, who takes every so many-th of the step's rows."""

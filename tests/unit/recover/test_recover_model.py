@@ -432,3 +432,13 @@ def test_shards_of_two_processes_are_taken_up_by_one(
     resumed, _ = recovered(student, settings(masking="ast"), tmp_path / "shards")
     assert farthest(straight, resumed) < LR * 1e-2
     assert straight.masks.sha256() == resumed.masks.sha256()
+
+
+def test_micro_batches_on_several_cores_come_to_the_same_bits(student: Path, settings, tmp_path: Path) -> None:
+    one, _ = recovered(student, settings(), tmp_path / "one")
+    try:
+        torch.set_num_threads(2)
+        two, _ = recovered(student, settings(), tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
+    assert farthest(one, two) == 0
