@@ -34,7 +34,7 @@ class Checkpoints:
     there is no other state to keep.
 
     Args:
-        folder: Existing folder; None keeps nothing.
+        folder: Existing folder; None keeps only the best weights, in memory.
         fingerprint: Everything that the result depends on; a checkpoint with another one is refused.
         shapes: Trained parameter -> whole shape.
     """
@@ -53,6 +53,7 @@ class Checkpoints:
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self.facts: dict[str, Any] = {}
         """What was said beside the last checkpoint: counters and measurements, as plain data."""
+        self._in_memory: dict[str, Tensor] = {}
 
     @property
     def _writes(self) -> bool:
@@ -99,18 +100,26 @@ class Checkpoints:
         """Keep the weights after ``step`` as they are used, and their masks; the name is for `load_best_`."""
         name = f"best-{step:07d}"
         state = {f"{key}.weight": (self._optimizer.result(key), self._shapes[key]) for key in self._shapes}
-        self._write(name, {**state, **dict(self._masks())})
+        state |= dict(self._masks())
+        if self._folder is None:
+            self._in_memory = {key: local.clone() for key, (local, _) in state.items()}
+            return name
+        self._write(name, state)
         self._drop_best_but(name, self._named_best())
         return name
 
     def load_best_(self, name: str) -> None:
         """Put weights that `save_best` kept, and their masks, into the optimizer; moments are left."""
         if self._folder is None:
-            raise TypeError("nothing was kept")
-        file = TensorFile(self._folder / name / "state.safetensors")
-        for key in self._shapes:
-            self._optimizer.weights[key].copy_(self._sharding.rows(file.read(f"{key}.weight")))
-        self._load_masks_(file)
+            for key in self._shapes:
+                self._optimizer.weights[key].copy_(self._in_memory[f"{key}.weight"])
+            for key, one in self._masking.weights.items() if self._masking.moves else ():
+                one.keep = self._in_memory[f"{key}.keep"]
+        else:
+            file = TensorFile(self._folder / name / "state.safetensors")
+            for key in self._shapes:
+                self._optimizer.weights[key].copy_(self._sharding.rows(file.read(f"{key}.weight")))
+            self._load_masks_(file)
         self._optimizer.write_()
 
     def clean(self) -> None:

@@ -442,3 +442,16 @@ def test_micro_batches_on_several_cores_come_to_the_same_bits(student: Path, set
     finally:
         torch.set_num_threads(1)
     assert farthest(one, two) == 0
+
+
+@pytest.mark.parametrize("masking", ["fixed", "ast"])
+def test_a_model_in_memory_is_trained_in_place(masking: str, student: Path, settings, tmp_path: Path) -> None:
+    stored, _ = recovered(student, settings(masking=masking), tmp_path / "stored")
+    opened = open_bundle(str(student))
+    live = Bundle(opened.live(), None, opened.masks, opened.patterns)
+    after = recover_model(live, settings(masking=masking), Run(seed=3))
+    assert after.model is live.model
+    assert after.masks.sha256() == stored.masks.sha256()
+    own = dict(after.model.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in weights(stored).items())
+    assert not any(parameter.requires_grad for parameter in own.values())
