@@ -37,10 +37,11 @@ CONTEXT = 256  # tokens in the cache while decoding
 Pack = Callable[[Tensor, Tensor], "Tensor | QuantizedWeight"]
 VARIANTS: dict[str, tuple[str, Pack]] = {
     "cusparselt bf16": ("cusparselt", lambda weight, keep: weight),
-    "triton bf16": ("triton", lambda weight, keep: weight),
+    "sparse-mma bf16": ("sparse-mma", lambda weight, keep: weight),
     "cusparselt fp8": ("cusparselt", lambda weight, keep: weight.to(torch.float8_e4m3fn)),
-    "triton int8": ("triton", lambda weight, keep: quantize_absmax(weight, keep, 8, weight.shape[1])),
-    "triton int4": ("triton", lambda weight, keep: quantize_absmax(weight, keep, 4, GROUP)),
+    "sparse-mma fp8": ("sparse-mma", lambda weight, keep: weight.to(torch.float8_e4m3fn)),
+    "sparse-mma int8": ("sparse-mma", lambda weight, keep: quantize_absmax(weight, keep, 8, weight.shape[1])),
+    "sparse-mma int4": ("sparse-mma", lambda weight, keep: quantize_absmax(weight, keep, 4, GROUP)),
 }
 
 

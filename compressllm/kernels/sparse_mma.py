@@ -1,0 +1,193 @@
+"""sparse-mma: 2:4 weights straight into sparse tensor cores, for few tokens at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressllm.core.errors import BackendUnavailableError
+from compressllm.core.masks import raw
+from compressllm.core.pattern import SparsityPattern
+from compressllm.core.protocols import BACKENDS
+from compressllm.core.quantized import QuantizedWeight, dequantize
+from compressllm.kernels.gpu import nvrtc
+from compressllm.kernels.gpu.choices import Choices, bucket, fastest
+from compressllm.kernels.gpu.fragments import ROWS, TILE, pack_fragments, unpack_fragments
+from compressllm.kernels.gpu.layout import fits_2to4
+
+_SOURCE = Path(__file__).parent / "gpu" / "sparse_mma.cu"
+#: 16-bit dtype -> the integers fragments of it are held as: they tell the dtypes apart, and survive a module's cast.
+_HELD_AS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}
+_DTYPE_OF = {held: dtype for dtype, held in _HELD_AS.items()}
+_UNIT = 8  # inputs: a lane reads 16 bytes of activations at a time
+_LIBRARY = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("sparse_mma(Tensor x, Tensor fragments, Tensor? scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+class Config(NamedTuple):
+    """How the work is cut up.
+
+    Args:
+        row_tiles: Times 16 rows a block computes.
+        token_tiles: Times 8 tokens it computes.
+        warps: Warps that share its columns.
+    """
+
+    row_tiles: int
+    token_tiles: int
+    warps: int
+
+
+@BACKENDS.register("sparse-mma")
+@dataclass(frozen=True)
+class SparseMma:
+    """2:4 and sparser on sparse tensor cores, for few tokens: 16 bit, fp8, and int8 or int4 with scales."""
+
+    rank: ClassVar[int] = -1  # without a measurement dense goes first
+
+    def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
+        """Refuse other patterns, shapes and dtypes, and machines without NVRTC and a GPU with sparse tensor cores."""
+        if not fits_2to4(pattern):
+            return f"computes weights of at most 2 in every 4 inputs; this one is {pattern}"
+        if weight.shape[0] % ROWS or weight.shape[1] % _UNIT:
+            return (
+                f"needs outputs in multiples of {ROWS} and inputs in multiples of {_UNIT}; "
+                f"this weight is {weight.shape[0]} x {weight.shape[1]}"
+            )
+        if weight.dtype not in (*_HELD_AS, torch.float8_e4m3fn):
+            return f"computes 16-bit and float8_e4m3fn weights, and quantised ones in 16 bit, not {weight.dtype}"
+        return _unavailable(weight.device)
+
+    def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
+        """``fragments`` as `gpu.fragments` has them, and ``scales`` (groups, out) float32 seen as integers."""
+        if isinstance(weight, QuantizedWeight):
+            fragments = pack_fragments(weight.codes, keep, weight.bits)
+            return {"fragments": fragments, "scales": raw(weight.scales.T.contiguous())}
+        fragments = pack_fragments(weight, keep, 8 * weight.dtype.itemsize)
+        return {"fragments": fragments.view(_HELD_AS.get(weight.dtype, torch.int32))}
+
+    def unpack(self, packed: Mapping[str, Tensor], columns: int) -> Tensor:
+        """The (out, in) weight; a quantised one in float32."""
+        fragments, bits = packed["fragments"], bits_of(packed["fragments"])
+        rows = ROWS * len(fragments)
+        weight = unpack_fragments(fragments.view(torch.int32), rows, columns, bits)
+        if "scales" not in packed:
+            return weight.view(_DTYPE_OF.get(fragments.dtype, torch.float8_e4m3fn))
+        scales = packed["scales"].view(torch.float32).T
+        return dequantize(weight, scales, group_size(scales.shape[1], columns) or columns)
+
+    def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """(..., in) -> (..., out). Raises BackendUnavailableError for activations it cannot take."""
+        fragments = packed["fragments"]
+        if x.dtype not in _HELD_AS or fragments.dtype not in (_HELD_AS[x.dtype], torch.int32):
+            wanted = _DTYPE_OF.get(fragments.dtype, "bfloat16 or float16")
+            raise BackendUnavailableError(
+                f"backend sparse-mma: activations are {x.dtype}, the weight was packed for {wanted}; load the model in "
+                "that"
+            )
+        scales = packed["scales"].view(torch.float32) if "scales" in packed else None
+        bias = None if bias is None else bias.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        result: Tensor = torch.ops.compressllm.sparse_mma(rows, fragments, scales, bias)
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+
+def bits_of(fragments: Tensor) -> int:
+    """Bits of a value: 16, 8 or 4."""
+    return 2 * (fragments.shape[2] - 1)
+
+
+def group_size(groups: int, columns: int) -> int:
+    """Columns that share a scale, of 32, 64 and 128; 0 if one is the whole row's."""
+    return 0 if groups == 1 else next(size for size in (32, 64, 128) if -(-columns // size) == groups)
+
+
+def default_config(rows: int, tiles: int, tokens: int, processors: int) -> Config:
+    """Enough warps to have every multiprocessor's share of the weight on its way at once."""
+    blocks = rows // ROWS * -(-tokens // 16)
+    warps = 16 if blocks < processors else 8
+    return Config(1, 1 if tokens <= 8 else 2, max(1, min(warps, tiles)))
+
+
+def candidates(default: Config) -> list[Config]:
+    """Ways worth measuring: more rows a block, more or fewer warps."""
+    warps = sorted({w for w in (default.warps // 2, default.warps, 2 * default.warps) if 1 <= w <= 16})
+    return [Config(rows, default.token_tiles, w) for rows in (1, 2) for w in warps]
+
+
+@functools.cache
+def _kernel(device: torch.device, *defines: tuple[str, int]) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_SOURCE, dict(defines), device)
+
+
+def compute(
+    x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor, config: Config
+) -> Tensor:
+    """``x W^T + bias`` into ``out`` (tokens, out), which is also returned."""
+    (tokens, columns), rows = x.shape, out.shape[1]
+    bits = bits_of(fragments)
+    defines = {
+        "BITS": bits,
+        "FLOAT8": int(bits == 8 and scales is None),
+        "HALF": int(x.dtype == torch.float16),
+        "GROUP": -1 if scales is None else group_size(len(scales), columns),
+        "ROW_TILES": config.row_tiles,
+        "TOKEN_TILES": config.token_tiles,
+        "WARPS": config.warps,
+        "RAGGED": int(columns % TILE != 0),
+        "BIAS": int(bias is not None),
+    }
+    grid = (-(-len(fragments) // config.row_tiles), -(-tokens // (8 * config.token_tiles)))
+    _kernel(x.device, *defines.items()).launch(
+        grid, (32, config.warps), fragments, x, scales, bias, out,
+        tokens, rows, columns, fragments.shape[1], 0 if scales is None else len(scales),
+    )  # fmt: skip
+    return out
+
+
+def _unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"runs on CUDA devices; the weight is on {device.type}"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or more, not {torch.cuda.get_device_name(device)}"
+    return nvrtc.unavailable()
+
+
+@functools.cache
+def _choices(device: torch.device) -> Choices:
+    return Choices("sparse-mma", {"gpu": torch.cuda.get_device_name(device)}, always=False)
+
+
+def _run(x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    (tokens, columns), rows, tiles = x.shape, ROWS * len(fragments), fragments.shape[1]
+    out = x.new_empty(tokens, rows)
+    if not tokens or not rows:
+        return out
+    if x.data_ptr() % 16:  # a lane reads 16 bytes at a time
+        x = x.clone()
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    default = default_config(rows, tiles, tokens, processors)
+    kind = f"{bits_of(fragments)} bits, {x.dtype}, {0 if scales is None else len(scales)} scales"
+    with torch.cuda.device(x.device):
+
+        def search() -> Config:
+            tried = candidates(default)
+            return tried[fastest([functools.partial(compute, x, fragments, scales, bias, out, c) for c in tried])]
+
+        case = f"{rows}x{columns} {kind}, {bucket(tokens, 8)} tokens"
+        return compute(x, fragments, scales, bias, out, Config(*_choices(x.device).get(case, search, default)))
+
+
+def _like(x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], ROWS * fragments.shape[0])
+
+
+torch.library.impl(_LIBRARY, "sparse_mma", "CompositeExplicitAutograd")(_run)
+torch.library.register_fake("compressllm::sparse_mma", _like, lib=_LIBRARY)
