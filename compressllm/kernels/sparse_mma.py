@@ -25,6 +25,8 @@ _SOURCE = Path(__file__).parent / "gpu" / "sparse_mma.cu"
 #: 16-bit dtype -> the integers fragments of it are held as: they tell the dtypes apart, and survive a module's cast.
 _HELD_AS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 _DTYPE_OF = {held: dtype for dtype, held in _HELD_AS.items()}
+_STAGED_BY_DEFAULT = 32 << 10
+_SUMS = 40 << 10  # of shared memory, at most, for what the warps add up
 _UNIT = 8  # inputs: a lane reads 16 bytes of activations at a time
 _LIBRARY = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("sparse_mma(Tensor x, Tensor fragments, Tensor? scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
@@ -34,14 +36,18 @@ class Config(NamedTuple):
     """How the work is cut up.
 
     Args:
-        row_tiles: Times 16 rows a block computes.
+        row_tiles: Times 16 rows a block computes at a time.
         token_tiles: Times 8 tokens it computes.
         warps: Warps that share its columns.
+        ahead: Tiles a warp has on their way.
+        staged: 1 if a block keeps its tokens' activations in shared memory.
     """
 
     row_tiles: int
     token_tiles: int
     warps: int
+    ahead: int
+    staged: int
 
 
 @BACKENDS.register("sparse-mma")
@@ -108,22 +114,40 @@ def group_size(groups: int, columns: int) -> int:
     return 0 if groups == 1 else next(size for size in (32, 64, 128) if -(-columns // size) == groups)
 
 
-def default_config(rows: int, tiles: int, tokens: int, processors: int) -> Config:
+def default_config(rows: int, tiles: int, tokens: int, processors: int, shared: int) -> Config:
     """What searches on an H200 mostly found: enough warps to have their share of the weight on its way at once.
 
     Past 8 tokens activations are what takes the time, and 32 rows share them.
+
+    Args:
+        processors: Multiprocessors of the GPU.
+        shared: Bytes of shared memory that a block may have.
     """
     blocks = rows // ROWS
     if tokens > 8 and blocks >= processors:
-        return Config(2, 2, min(tiles, 4 if tiles <= 32 else 8))
-    warps = 16 if blocks < processors else 8 if blocks < 4 * processors else 4
-    return Config(1, 1 if tokens <= 8 else 2, min(tiles, warps))
+        return Config(2, 2, min(tiles, 4 if tiles <= 32 else 8), 1, 0)
+    warps = 16 if blocks < processors and tokens <= 8 else 8 if blocks < 4 * processors else 4
+    token_tiles = 1 if tokens <= 8 else 2
+    staged = staged_bytes(tiles, tokens, token_tiles) <= min(shared, _STAGED_BY_DEFAULT)
+    return Config(1, token_tiles, min(tiles, warps), 1, int(staged))
 
 
-def candidates(default: Config) -> list[Config]:
-    """Ways worth measuring: more rows a block, more or fewer warps."""
-    warps = sorted({w for w in (default.warps // 2, default.warps, 2 * default.warps) if 1 <= w <= 16})
-    return [Config(rows, default.token_tiles, w) for rows in (1, 2) for w in warps]
+def candidates(default: Config, tiles: int, tokens: int, shared: int) -> list[Config]:
+    """Ways worth measuring: more rows a block, more or fewer warps, more on the way, staged or not."""
+    warps = sorted({w for w in (default.warps // 2, default.warps, 2 * default.warps) if 1 <= w <= min(16, tiles)})
+    fits = staged_bytes(tiles, tokens, default.token_tiles) + _SUMS <= shared
+    return [
+        Config(rows, default.token_tiles, w, ahead, staged)
+        for rows in (1, 2)
+        for w in warps
+        for ahead in (1, 2)
+        for staged in ((0, 1) if fits else (0,))
+    ]
+
+
+def staged_bytes(tiles: int, tokens: int, token_tiles: int) -> int:
+    """Shared memory that a block's activations take."""
+    return 2 * TILE * tiles * min(tokens, 8 * token_tiles)
 
 
 @functools.cache
@@ -145,13 +169,18 @@ def compute(
         "ROW_TILES": config.row_tiles,
         "TOKEN_TILES": config.token_tiles,
         "WARPS": config.warps,
+        "AHEAD": config.ahead,
+        "STAGED": config.staged,
         "RAGGED": int(columns % TILE != 0),
         "BIAS": int(bias is not None),
     }
-    grid = (-(-len(fragments) // config.row_tiles), -(-tokens // (8 * config.token_tiles)))
-    _kernel(x.device, *defines.items()).launch(
-        grid, (32, config.warps), fragments, x, scales, bias, out,
-        tokens, rows, columns, fragments.shape[1], 0 if scales is None else len(scales),
+    kernel, tiles = _kernel(x.device, *defines.items()), fragments.shape[1]
+    shared = staged_bytes(tiles, tokens, config.token_tiles) if config.staged else 0
+    at_once = kernel.at_once(32 * config.warps, shared) * _processors(x.device)
+    grid = (min(-(-len(fragments) // config.row_tiles), at_once), -(-tokens // (8 * config.token_tiles)))
+    kernel.launch(
+        grid, (32, config.warps), shared, fragments, x, scales, bias, out,
+        tokens, rows, columns, tiles, 0 if scales is None else len(scales),
     )  # fmt: skip
     return out
 
@@ -162,6 +191,10 @@ def _unavailable(device: torch.device) -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 or more, not {torch.cuda.get_device_name(device)}"
     return nvrtc.unavailable()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -177,13 +210,13 @@ def _run(x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | Non
         return out
     if x.data_ptr() % 16:  # a lane reads 16 bytes at a time
         x = x.clone()
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    default = default_config(rows, tiles, tokens, processors)
+    shared = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 48 << 10)
+    default = default_config(rows, tiles, tokens, _processors(x.device), shared)
     kind = f"{bits_of(fragments)} bits, {x.dtype}, {0 if scales is None else len(scales)} scales"
     with torch.cuda.device(x.device):
 
         def search() -> Config:
-            tried = candidates(default)
+            tried = candidates(default, tiles, tokens, shared)
             return tried[fastest([functools.partial(compute, x, fragments, scales, bias, out, c) for c in tried])]
 
         case = f"{rows}x{columns} {kind}, {bucket(tokens, 8)} tokens"

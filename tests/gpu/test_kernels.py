@@ -169,7 +169,10 @@ def test_every_config_of_triton_computes_the_same():
             assert torch.equal(kernel.matmul(*arguments), once)
 
 
-@pytest.mark.parametrize("configs", [(1, 1, 1), (1, 1, 16), (2, 1, 4), (1, 2, 8), (2, 2, 8)], ids=str)
+CONFIGS = [(1, 1, 1, 1, 0), (1, 1, 8, 2, 1), (2, 1, 4, 2, 0), (1, 2, 8, 1, 1), (2, 2, 8, 1, 0), (2, 2, 4, 2, 1)]
+
+
+@pytest.mark.parametrize("configs", CONFIGS, ids=str)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_every_config_of_sparse_mma_computes_the_same(bits, configs):
     weight, keep = sparse((208, 2080), torch.bfloat16)

@@ -18,6 +18,7 @@ from compressllm.core.cache import cache_folder
 from compressllm.core.errors import BackendUnavailableError
 
 _FLAGS = ("--std=c++17",)
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Kernel:
@@ -35,6 +36,7 @@ class Kernel:
         major, minor = torch.cuda.get_device_capability(device)
         options = (f"--gpu-architecture=sm_{major}{minor}", *_FLAGS, *(f"-D{k}={v}" for k, v in defines.items()))
         self._driver = _driver()
+        self._at_once: dict[int, int] = {}
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the module goes into the context that torch has made current
@@ -43,7 +45,23 @@ class Kernel:
             name = source.stem.encode()
             self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name))
 
-    def launch(self, grid: tuple[int, int], block: tuple[int, int], *arguments: Tensor | int | None) -> None:
+    def at_once(self, threads: int, shared: int) -> int:
+        """Blocks of so many threads and bytes of dynamic shared memory that a multiprocessor runs at the same time.
+
+        Has to be called before a launch with more than 48 kB of it. Raises: BackendUnavailableError.
+        """
+        if shared not in self._at_once:
+            if shared > 48 << 10:
+                self._check(self._driver.cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared))
+            found = ctypes.c_int()
+            count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+            self._check(count(ctypes.byref(found), self._function, threads, ctypes.c_size_t(shared)))
+            self._at_once[shared] = found.value
+        return self._at_once[shared]
+
+    def launch(
+        self, grid: tuple[int, int], block: tuple[int, int], shared: int, *arguments: Tensor | int | None
+    ) -> None:
         """Put a launch on torch's current stream. Tensors go as their addresses, None as a null pointer."""
         values = [
             ctypes.c_int(one) if isinstance(one, int) else ctypes.c_void_p(None if one is None else one.data_ptr())
@@ -52,7 +70,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self._check(
-            self._driver.cuLaunchKernel(self._function, *grid, 1, *block, 1, 0, stream, pointers, None),
+            self._driver.cuLaunchKernel(self._function, *grid, 1, *block, 1, shared, stream, pointers, None),
         )
 
     def _check(self, result: int) -> None:

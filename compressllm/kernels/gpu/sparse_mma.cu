@@ -2,13 +2,15 @@
 // read once, straight into the registers that mma.sp wants them in; nothing is expanded.
 //
 // The weight lies as fragments.py has it: for each 16 rows and 256 columns, LOADS times 32 lanes of 16 bytes of values,
-// then 32 lanes of 16 bytes of positions. One warp multiplies 16 * ROW_TILES rows by every WARPS-th such tile and by
-// 8 * TOKEN_TILES tokens; the warps of a block share its rows and add up at the end, in order.
+// then 32 lanes of 16 bytes of positions. A block goes through its share of the rows, 16 * ROW_TILES at a time, with
+// 8 * TOKEN_TILES tokens. Each of its warps multiplies every WARPS-th tile of them, its next AHEAD tiles being on their
+// way, also those of the rows that come after; then the warps add up, in order.
 //
 // Compiled at run time with:
 //   BITS 16, 8 or 4; FLOAT8 (8 bits are e4m3); HALF (numbers are float16, else bfloat16)
 //   GROUP: columns that share a scale, 32, 64 or 128; 0 if a row has one; -1 if there are none
-//   ROW_TILES, TOKEN_TILES, WARPS, RAGGED (columns are not a multiple of 256), BIAS
+//   ROW_TILES, TOKEN_TILES, WARPS, AHEAD, RAGGED (columns are not a multiple of 256), BIAS
+//   STAGED: a block keeps its tokens' activations in shared memory, in the order the products take them
 //
 // Includes nothing, so that no CUDA headers are needed. EMULATED is for running it on a CPU, one thread a lane.
 
@@ -124,12 +126,6 @@ DEVICE void operand(u32 (&a)[4], const Four (&values)[LOADS]) {
 #endif
 }
 
-// One lane's view of the work.
-struct Lane {
-    int lane, warp, row_block, first_token;
-    u32 q, g;  // place in its group of 4 lanes, and which group
-};
-
 // x of one step for one lane's token: lane q of a group reads 8 columns in a row, and trades with its neighbour so that
 // the even one has the first two, and the odd one the last two, of each of four groups of 4 columns.
 DEVICE void trade(u32 (&b)[4], const Four& x, u32 q) {
@@ -142,6 +138,28 @@ DEVICE void trade(u32 (&b)[4], const Four& x, u32 q) {
     b[3] = odd ? x.a[3] : two;
 }
 
+#if STAGED
+#ifndef EMULATED
+extern __shared__ Four staged[];  // (steps, tokens of the block, 4)
+#endif
+
+// Fill it, all warps together: what `trade` would give each lane.
+DEVICE void stage(const u16* x, int tokens, int columns, int steps) {
+    const int pairs = steps * tokens * 2;
+    for (int at = threadIdx.y * 32 + threadIdx.x; at < pairs; at += WARPS * 32) {
+        const int pair = at % 2, step = at / 2 % steps, token = at / 2 / steps;
+        const int column = 32 * step + 16 * pair;
+        Four even = {{0, 0, 0, 0}}, odd = {{0, 0, 0, 0}};
+        const u16* from = x + (long long)token * columns + column;
+        if (!RAGGED || column < columns) even = load_x(from);
+        if (!RAGGED || column + 8 < columns) odd = load_x(from + 8);
+        Four* to = staged + ((step * tokens + token) * 4 + 2 * pair);
+        to[0] = Four{{even.a[0], even.a[2], odd.a[0], odd.a[2]}};
+        to[1] = Four{{even.a[1], even.a[3], odd.a[1], odd.a[3]}};
+    }
+}
+#endif
+
 #define SCALES (GROUP > 0 ? 256 / (GROUP > 0 ? GROUP : 256) : 1)
 
 struct Tile {
@@ -152,28 +170,31 @@ struct Tile {
 #endif
 };
 
+// A tile on a warp's way: of which rows, and which columns.
+struct Place {
+    int rows, tile;
+};
+
 DEVICE void load_tile(
-    Tile& tile, const Lane& me, const Four* packed, const float* scales, int index, int tiles, int rows, int row_blocks,
-    int groups
+    Tile& tile, const Four* packed, const float* scales, Place place, int tiles, int rows, int row_blocks, int groups
 ) {
+    const int lane = threadIdx.x;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
-        int block = me.row_block + r;
+        int block = place.rows * ROW_TILES + r;
         block = block < row_blocks ? block : row_blocks - 1;  // computed, never stored
-        const Four* at = packed + ((long long)block * tiles + index) * ((LOADS + 1) * 32) + me.lane;
+        const Four* at = packed + ((long long)block * tiles + place.tile) * ((LOADS + 1) * 32) + lane;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) tile.values[r][i] = load_weight(at + 32 * i);
         tile.positions[r] = load_weight(at + 32 * LOADS);
 #if GROUP > 0
 #pragma unroll
         for (int s = 0; s < SCALES; s++) {
-            int group = index * SCALES + s;
+            int group = place.tile * SCALES + s;
             group = group < groups ? group : groups - 1;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = block * 16 + me.g + 8 * half;
-                tile.scales[r][s][half] = scales[(long long)group * rows + (row < rows ? row : rows - 1)];
-            }
+            for (int half = 0; half < 2; half++)
+                tile.scales[r][s][half] = scales[(long long)group * rows + block * 16 + lane / 4 + 8 * half];
         }
 #endif
     }
@@ -186,7 +207,13 @@ DEVICE void multiply(
 ) {
     u32 b[TOKEN_TILES][4];
 #pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++) trade(b[t], x[t], q);
+    for (int t = 0; t < TOKEN_TILES; t++) {
+#if STAGED
+        for (int i = 0; i < 4; i++) b[t][i] = x[t].a[i];
+#else
+        trade(b[t], x[t], q);
+#endif
+    }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
         u32 a[4];
@@ -206,16 +233,24 @@ DEVICE void multiply(
     }
 }
 
-DEVICE void load_step(Four (&x)[TOKEN_TILES], const u16* const (&rows)[TOKEN_TILES], int column, int columns) {
+// Activations of one step, for each lane those of its tokens.
+DEVICE void load_step(
+    Four (&x)[TOKEN_TILES], const Four* const (&near)[TOKEN_TILES], const u16* const (&far)[TOKEN_TILES], int step,
+    int tokens, int ends
+) {
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; t++) {
+#if STAGED
+        x[t] = near[t][4 * tokens * step];
+#else
 #if RAGGED
-        if (column >= columns) {  // columns are a multiple of 8
+        if (32 * step >= ends) {  // columns are a multiple of 8
             for (int i = 0; i < 4; i++) x[t].a[i] = 0;
             continue;
         }
 #endif
-        x[t] = load_x(rows[t] + column);
+        x[t] = load_x(far[t] + 32 * step);
+#endif
     }
 }
 
@@ -228,68 +263,90 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) sparse_mma(
     int tokens, int rows, int columns, int tiles, int groups
 ) {
     __shared__ float sums[WARPS][ROW_TILES * TOKEN_TILES * 4][32];
-    Lane me;
-    me.lane = threadIdx.x;
-    me.warp = threadIdx.y;
-    me.row_block = blockIdx.x * ROW_TILES;
-    me.first_token = blockIdx.y * 8 * TOKEN_TILES;
-    me.q = me.lane % 4;
-    me.g = me.lane / 4;
-    const int row_blocks = (rows + 15) / 16;
+    const int lane = threadIdx.x, warp = threadIdx.y, q = lane % 4, g = lane / 4;
+    const int row_blocks = rows / 16, turns = (row_blocks + ROW_TILES - 1) / ROW_TILES;
+    const int first = blockIdx.y * 8 * TOKEN_TILES;
+    const int here = tokens - first < 8 * TOKEN_TILES ? tokens - first : 8 * TOKEN_TILES;
+    x += (long long)first * columns;
 
-    const u16* from[TOKEN_TILES];
+    Tile ahead[AHEAD];
+    Place place = {(int)blockIdx.x, warp};
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        if (place.rows < turns) load_tile(ahead[i], packed, scales, place, tiles, rows, row_blocks, groups);
+        place.tile += WARPS;
+        if (place.tile >= tiles) place = {place.rows + (int)gridDim.x, warp};
+    }
+    const Four* near[TOKEN_TILES];
+    const u16* far[TOKEN_TILES];
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; t++) {
-        int token = me.first_token + 8 * t + me.g;
-        token = token < tokens ? token : tokens - 1;  // columns of the product do not touch each other
-        from[t] = x + (long long)token * columns + 8 * me.q;
+        const int token = 8 * t + g < here ? 8 * t + g : here - 1;  // tokens of a product do not touch each other
+        far[t] = x + (long long)token * columns + 8 * q;
+#if STAGED
+        near[t] = staged + 4 * token + q;
+#else
+        near[t] = 0;
+#endif
     }
-    float total[ROW_TILES][TOKEN_TILES][4], part[ROW_TILES][TOKEN_TILES][4];
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-        for (int t = 0; t < TOKEN_TILES; t++)
-            for (int i = 0; i < 4; i++) total[r][t][i] = part[r][t][i] = 0.0f;
-
-    // The next tile is on its way while this one is multiplied.
-    Tile tile, next;
-    if (me.warp < tiles) load_tile(next, me, packed, scales, me.warp, tiles, rows, row_blocks, groups);
-    for (int index = me.warp; index < tiles; index += WARPS) {
-        tile = next;
-        const int column = 256 * index, ends = columns - 8 * (int)me.q;
-        Four seen[STEPS][TOKEN_TILES];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) load_step(seen[s], from, column + 32 * s, ends);
-        if (index + WARPS < tiles)
-            load_tile(next, me, packed, scales, index + WARPS, tiles, rows, row_blocks, groups);
-        multiply<0>(total, part, tile, seen[0], me.q);
-        multiply<1>(total, part, tile, seen[1], me.q);
-        multiply<2>(total, part, tile, seen[2], me.q);
-        multiply<3>(total, part, tile, seen[3], me.q);
-        multiply<4>(total, part, tile, seen[4], me.q);
-        multiply<5>(total, part, tile, seen[5], me.q);
-        multiply<6>(total, part, tile, seen[6], me.q);
-        multiply<7>(total, part, tile, seen[7], me.q);
-    }
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-        for (int t = 0; t < TOKEN_TILES; t++)
-            for (int i = 0; i < 4; i++) sums[me.warp][(r * TOKEN_TILES + t) * 4 + i][me.lane] = total[r][t][i];
+#if STAGED
+    stage(x, here, columns, tiles * STEPS);
     __syncthreads();
-    for (int at = me.warp * 32 + me.lane; at < ROW_TILES * TOKEN_TILES * 128; at += WARPS * 32) {
-        const int number = at / 32, lane = at % 32;
-        float sum = 0.0f;
+#endif
+    for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
+        float total[ROW_TILES][TOKEN_TILES][4], part[ROW_TILES][TOKEN_TILES][4];
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += sums[w][number][lane];
-        const int i = number % 4, t = number / 4 % TOKEN_TILES, r = number / 4 / TOKEN_TILES;
-        const int row = (me.row_block + r) * 16 + lane / 4 + i / 2 * 8;
-        const int token = me.first_token + 8 * t + lane % 4 * 2 + i % 2;
-        if (row >= rows || token >= tokens) continue;
+        for (int r = 0; r < ROW_TILES; r++)
+            for (int t = 0; t < TOKEN_TILES; t++)
+                for (int i = 0; i < 4; i++) total[r][t][i] = part[r][t][i] = 0.0f;
+#pragma unroll 1
+        for (int index = warp; index < tiles; index += WARPS) {
+            Four seen[STEPS][TOKEN_TILES];
+            const int step = index * STEPS, ends = columns - 8 * q;
+            if (!STAGED) {  // memory is far: ask for all at once
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) load_step(seen[s], near, far, step + s, here, ends);
+            }
+            const Tile tile = ahead[0];
+#pragma unroll
+            for (int i = 1; i < AHEAD; i++) ahead[i - 1] = ahead[i];
+            if (place.rows < turns) load_tile(ahead[AHEAD - 1], packed, scales, place, tiles, rows, row_blocks, groups);
+            place.tile += WARPS;
+            if (place.tile >= tiles) place = {place.rows + (int)gridDim.x, warp};
+#define TURN(s)                                                                                                        \
+    if (STAGED) load_step(seen[s], near, far, step + s, here, ends);                                                   \
+    multiply<s>(total, part, tile, seen[s], q)
+            TURN(0);
+            TURN(1);
+            TURN(2);
+            TURN(3);
+            TURN(4);
+            TURN(5);
+            TURN(6);
+            TURN(7);
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+            for (int t = 0; t < TOKEN_TILES; t++)
+                for (int i = 0; i < 4; i++) sums[warp][(r * TOKEN_TILES + t) * 4 + i][lane] = total[r][t][i];
+        __syncthreads();
+        for (int at = warp * 32 + lane; at < ROW_TILES * TOKEN_TILES * 128; at += WARPS * 32) {
+            const int number = at / 32, from = at % 32;
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += sums[w][number][from];
+            const int i = number % 4, t = number / 4 % TOKEN_TILES, r = number / 4 / TOKEN_TILES;
+            const int row = (turn * ROW_TILES + r) * 16 + from / 4 + i / 2 * 8;
+            const int token = 8 * t + from % 4 * 2 + i % 2;
+            if (row >= rows || token >= here) continue;
 #if GROUP == 0
-        sum *= scales[row];
+            sum *= scales[row];
 #endif
 #if BIAS
-        sum += widened(bias[row]);
+            sum += widened(bias[row]);
 #endif
-        out[(long long)token * rows + row] = rounded(sum);
+            out[(long long)(first + token) * rows + row] = rounded(sum);
+        }
+        __syncthreads();  // the sums are written again
     }
 }

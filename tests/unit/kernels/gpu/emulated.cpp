@@ -15,6 +15,7 @@ extern "C" void run(
                 lanes.emplace_back([=] {
                     threadIdx = {t % 32, t / 32};
                     blockIdx = {bx, by};
+                    gridDim = {blocks_x, blocks_y};
                     sparse_mma(packed, x, scales, bias, out, tokens, rows, columns, tiles, groups);
                 });
             for (auto& lane : lanes) lane.join();

@@ -17,7 +17,8 @@ typedef unsigned short u16;
 struct alignas(16) Four { u32 a[4]; };
 struct Index { int x, y; };
 
-static thread_local Index threadIdx, blockIdx;
+static thread_local Index threadIdx, blockIdx, gridDim;
+static Four staged[1 << 14];
 static std::unique_ptr<std::barrier<>> block_barrier, warp_barrier[WARPS];
 static u32 shown[WARPS][32][16];
 

@@ -56,7 +56,7 @@ def test_every_byte_and_every_place_survives():
 
 def test_what_is_computed_fits_on_the_gpu():
     for rows, columns, tokens in [(16, 8, 1), (1024, 4096, 1), (14336, 4096, 16), (4096, 14336, 9)]:
-        config = default_config(rows, -(-columns // 256), tokens, processors=132)
+        config = default_config(rows, -(-columns // 256), tokens, processors=132, shared=227 << 10)
         assert 32 * config.warps <= 1024
         assert config.warps <= -(-columns // 256)
         assert config.row_tiles * 16 <= rows
@@ -74,7 +74,10 @@ class Emulated:
             subprocess.run([*command, "-o", library, HERE / "emulated.cpp"], check=True)
         self._library = ctypes.CDLL(library)
 
-    def launch(self, grid, block, *arguments):
+    def at_once(self, threads, shared):
+        return 2  # so that a block has several turns
+
+    def launch(self, grid, block, shared, *arguments):
         values = [a if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr()) for a in arguments]
         self._library.run(*values, *grid)
 
@@ -87,19 +90,20 @@ def emulated(tmp_path, monkeypatch):
     command = [COMPILER, "-std=c++20", "-x", "c++", "-", "-o", str(tmp_path / "probe")]
     if subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode:
         pytest.skip("needs a g++ that knows std::barrier")
+    monkeypatch.setattr(sparse_mma, "_processors", lambda device: 1)
     monkeypatch.setattr(sparse_mma, "_kernel", lambda device, *defines: Emulated(tmp_path, dict(defines)))
 
 
 CASES = [  # kind, group, dtype, configuration, shape, tokens, bias
-    ("16", 0, torch.bfloat16, Config(1, 1, 2), (32, 512), 1, False),
-    ("16", 0, torch.float16, Config(2, 2, 2), (48, 608), 11, True),
-    ("int8", 0, torch.bfloat16, Config(1, 1, 2), (32, 512), 3, True),
-    ("int8", 32, torch.float16, Config(1, 1, 1), (16, 608), 3, False),
-    ("float8", 0, torch.bfloat16, Config(1, 1, 2), (32, 512), 8, False),
-    ("float8", 0, torch.float16, Config(1, 1, 2), (16, 264), 2, False),
-    ("int4", 128, torch.bfloat16, Config(1, 2, 2), (48, 576), 16, False),
-    ("int4", 64, torch.float16, Config(1, 1, 2), (16, 512), 1, False),
-    ("int4", 0, torch.bfloat16, Config(2, 1, 2), (48, 512), 5, True),
+    ("16", 0, torch.bfloat16, Config(1, 1, 2, 1, 0), (32, 512), 1, False),
+    ("16", 0, torch.float16, Config(2, 2, 2, 1, 1), (48, 608), 11, True),
+    ("int8", 0, torch.bfloat16, Config(1, 1, 2, 2, 1), (80, 1280), 3, True),
+    ("int8", 32, torch.float16, Config(1, 1, 1, 2, 0), (16, 608), 3, False),
+    ("float8", 0, torch.bfloat16, Config(1, 1, 2, 1, 1), (32, 512), 8, False),
+    ("float8", 0, torch.float16, Config(1, 1, 2, 1, 0), (16, 264), 2, False),
+    ("int4", 128, torch.bfloat16, Config(1, 2, 2, 1, 0), (48, 576), 16, False),
+    ("int4", 64, torch.float16, Config(1, 1, 2, 3, 1), (16, 512), 1, False),
+    ("int4", 0, torch.bfloat16, Config(2, 1, 2, 2, 1), (48, 512), 5, True),
 ]
 
 
@@ -126,6 +130,6 @@ def test_not_a_number_stays_in_its_token(emulated):
     packed, x = SparseMma().pack(weight, keep), torch.randn(3, 256).bfloat16()
     x[1, 5] = float("nan")
     out = torch.empty(3, 16, dtype=torch.bfloat16)
-    sparse_mma.compute(x, packed["fragments"].view(torch.int32), None, None, out, Config(1, 1, 1))
+    sparse_mma.compute(x, packed["fragments"].view(torch.int32), None, None, out, Config(1, 1, 1, 1, 0))
     assert out[1].isnan().any()
     assert out[[0, 2]].isfinite().all()
