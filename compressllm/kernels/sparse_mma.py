@@ -124,12 +124,12 @@ def default_config(rows: int, tiles: int, tokens: int, processors: int, shared: 
         shared: Bytes of shared memory that a block may have.
     """
     blocks = rows // ROWS
-    if tokens > 8 and blocks >= processors:
-        return Config(2, 2, min(tiles, 4 if tiles <= 32 else 8), 1, 0)
-    warps = 16 if blocks < processors and tokens <= 8 else 8 if blocks < 4 * processors else 4
-    token_tiles = 1 if tokens <= 8 else 2
-    staged = staged_bytes(tiles, tokens, token_tiles) <= min(shared, _STAGED_BY_DEFAULT)
-    return Config(1, token_tiles, min(tiles, warps), 1, int(staged))
+    if tokens > 8:
+        warps = 2 if blocks >= 4 * processors else 4 if tiles <= 32 else 8
+        return Config(2 if blocks >= processors else 1, 2, min(tiles, warps), 1, 0)
+    warps = 16 if blocks < processors else 8 if blocks < 4 * processors else 4
+    staged = staged_bytes(tiles, tokens, 1) <= min(shared, _STAGED_BY_DEFAULT)
+    return Config(1, 1, min(tiles, warps), 1, int(staged))
 
 
 def candidates(default: Config, tiles: int, tokens: int, shared: int) -> list[Config]:
@@ -210,16 +210,17 @@ def _run(x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | Non
         return out
     if x.data_ptr() % 16:  # a lane reads 16 bytes at a time
         x = x.clone()
+    about = bucket(tokens, 1)  # what is chosen is for all numbers of tokens up to this
     shared = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 48 << 10)
-    default = default_config(rows, tiles, tokens, _processors(x.device), shared)
+    default = default_config(rows, tiles, about, _processors(x.device), shared)
     kind = f"{bits_of(fragments)} bits, {x.dtype}, {0 if scales is None else len(scales)} scales"
     with torch.cuda.device(x.device):
 
         def search() -> Config:
-            tried = candidates(default, tiles, tokens, shared)
+            tried = candidates(default, tiles, about, shared)
             return tried[fastest([functools.partial(compute, x, fragments, scales, bias, out, c) for c in tried])]
 
-        case = f"{rows}x{columns} {kind}, {bucket(tokens, 8)} tokens"
+        case = f"{rows}x{columns} {kind}, {about} tokens"
         return compute(x, fragments, scales, bias, out, Config(*_choices(x.device).get(case, search, default)))
 
 

@@ -14,7 +14,7 @@ from compressllm.core.pattern import NM
 from compressllm.core.quantized import quantize_absmax
 from compressllm.kernels import sparse_mma
 from compressllm.kernels.gpu.fragments import pack_fragments, unpack_fragments
-from compressllm.kernels.sparse_mma import Config, SparseMma, default_config
+from compressllm.kernels.sparse_mma import Config, SparseMma, candidates, default_config, staged_bytes
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -123,6 +123,28 @@ def test_the_kernel_computes_the_product(emulated, kind, group, dtype, config, s
     expected = functional.linear(x.double(), exact, None if offset is None else offset.double())
     dense_error = (functional.linear(x, exact.to(dtype), offset) - expected).abs().max()
     assert (out - expected).abs().max() <= 1.1 * dense_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_float8_is_exact(emulated, dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(1.0)
+    keep = PATTERN.keep(torch.rand(16, 256))
+    weight = every.expand(16, -1).masked_fill(~keep, 0).to(torch.float8_e4m3fn)
+    packed, x = SparseMma().pack(weight, keep), torch.eye(256, dtype=dtype)
+    out = torch.empty(256, 16, dtype=dtype)
+    sparse_mma.compute(x, packed["fragments"], None, None, out, Config(1, 2, 1, 1, 0))
+    assert torch.equal(out, weight.to(dtype).T)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 300])
+@pytest.mark.parametrize("shape", [(4096, 14336), (1024, 4096), (64, 256)], ids=str)
+def test_candidates_fit_into_shared_memory(shape, tokens):
+    limit, tiles = 227 << 10, shape[1] // 256
+    default = default_config(shape[0], tiles, tokens, 132, limit)
+    for config in [default, *candidates(default, tiles, tokens, limit)]:
+        staged = config.staged * staged_bytes(tiles, tokens, config.token_tiles)
+        assert staged + config.warps * config.row_tiles * config.token_tiles * 512 <= limit
+        assert config.warps <= tiles
 
 
 def test_not_a_number_stays_in_its_token(emulated):
