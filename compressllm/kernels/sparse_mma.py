@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compressllm.core.errors import BackendUnavailableError
 from compressllm.core.masks import raw
@@ -27,6 +28,7 @@ _HELD_AS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 _DTYPE_OF = {held: dtype for dtype, held in _HELD_AS.items()}
 _STAGED_BY_DEFAULT = 32 << 10
 _SUMS = 40 << 10  # of shared memory, at most, for what the warps add up
+_MANY = 96  # tokens from which expanding the weight costs less than what sparse products of few tokens do
 _UNIT = 8  # inputs: a lane reads 16 bytes of activations at a time
 _LIBRARY = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("sparse_mma(Tensor x, Tensor fragments, Tensor? scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
@@ -53,7 +55,10 @@ class Config(NamedTuple):
 @BACKENDS.register("sparse-mma")
 @dataclass(frozen=True)
 class SparseMma:
-    """2:4 and sparser on sparse tensor cores, for few tokens: 16 bit, fp8, and int8 or int4 with scales."""
+    """2:4 and sparser on sparse tensor cores, for few tokens: 16 bit, fp8, and int8 or int4 with scales.
+
+    Of many tokens the product is dense, with a weight expanded for it.
+    """
 
     rank: ClassVar[int] = -1  # without a measurement dense goes first
 
@@ -151,8 +156,8 @@ def staged_bytes(tiles: int, tokens: int, token_tiles: int) -> int:
 
 
 @functools.cache
-def _kernel(device: torch.device, *defines: tuple[str, int]) -> nvrtc.Kernel:
-    return nvrtc.Kernel(_SOURCE, dict(defines), device)
+def _kernel(device: torch.device, name: str, *defines: tuple[str, int]) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_SOURCE, name, dict(defines), device)
 
 
 def compute(
@@ -160,12 +165,8 @@ def compute(
 ) -> Tensor:
     """``x W^T + bias`` into ``out`` (tokens, out), which is also returned."""
     (tokens, columns), rows = x.shape, out.shape[1]
-    bits = bits_of(fragments)
     defines = {
-        "BITS": bits,
-        "FLOAT8": int(bits == 8 and scales is None),
-        "HALF": int(x.dtype == torch.float16),
-        "GROUP": -1 if scales is None else group_size(len(scales), columns),
+        **_number(fragments, scales, x.dtype, columns),
         "ROW_TILES": config.row_tiles,
         "TOKEN_TILES": config.token_tiles,
         "WARPS": config.warps,
@@ -174,7 +175,7 @@ def compute(
         "RAGGED": int(columns % TILE != 0),
         "BIAS": int(bias is not None),
     }
-    kernel, tiles = _kernel(x.device, *defines.items()), fragments.shape[1]
+    kernel, tiles = _kernel(x.device, "sparse_mma", *defines.items()), fragments.shape[1]
     shared = staged_bytes(tiles, tokens, config.token_tiles) if config.staged else 0
     at_once = kernel.at_once(32 * config.warps, shared) * _processors(x.device)
     grid = (min(-(-len(fragments) // config.row_tiles), at_once), -(-tokens // (8 * config.token_tiles)))
@@ -183,6 +184,27 @@ def compute(
         tokens, rows, columns, tiles, 0 if scales is None else len(scales),
     )  # fmt: skip
     return out
+
+
+def expand(fragments: Tensor, scales: Tensor | None, dtype: torch.dtype, columns: int) -> Tensor:
+    """The (out, in) weight in ``dtype``, a quantised one rounded to it."""
+    out = torch.empty(ROWS * len(fragments), columns, dtype=dtype, device=fragments.device)
+    number = _number(fragments, scales, dtype, columns)
+    _kernel(out.device, "expand", *number.items(), ("EXPAND", 1)).launch(
+        (len(fragments), fragments.shape[1]), (32, 8), 0, fragments, scales, out,
+        len(out), columns, fragments.shape[1], 0 if scales is None else len(scales),
+    )  # fmt: skip
+    return out
+
+
+def _number(fragments: Tensor, scales: Tensor | None, dtype: torch.dtype, columns: int) -> dict[str, int]:
+    bits = bits_of(fragments)
+    return {
+        "BITS": bits,
+        "FLOAT8": int(bits == 8 and scales is None),
+        "HALF": int(dtype == torch.float16),
+        "GROUP": -1 if scales is None else group_size(len(scales), columns),
+    }
 
 
 def _unavailable(device: torch.device) -> str | None:
@@ -205,6 +227,9 @@ def _choices(device: torch.device) -> Choices:
 def _run(x: Tensor, fragments: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     (tokens, columns), rows, tiles = x.shape, ROWS * len(fragments), fragments.shape[1]
+    if tokens > _MANY:  # a dense product, of a weight that is there for that long
+        with torch.cuda.device(x.device):
+            return functional.linear(x, expand(fragments, scales, x.dtype, columns), bias)
     out = x.new_empty(tokens, rows)
     if not tokens or not rows:
         return out

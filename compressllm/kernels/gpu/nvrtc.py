@@ -25,14 +25,15 @@ class Kernel:
     """A kernel on one GPU.
 
     Args:
-        source: CUDA C file that includes nothing; its one kernel has the file's name.
+        source: CUDA C file that includes nothing.
+        name: Of the kernel in it.
         defines: Macro -> value.
         device: The GPU it is compiled for and loaded on.
 
     Raises: BackendUnavailableError if there is no NVRTC, or it or the driver refuses.
     """
 
-    def __init__(self, source: Path, defines: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, source: Path, name: str, defines: Mapping[str, int], device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         options = (f"--gpu-architecture=sm_{major}{minor}", *_FLAGS, *(f"-D{k}={v}" for k, v in defines.items()))
         self._driver = _driver()
@@ -42,8 +43,7 @@ class Kernel:
             torch.cuda.current_stream()  # the module goes into the context that torch has made current
             binary = compiled(source, options)
             self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
-            name = source.stem.encode()
-            self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name))
+            self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
 
     def at_once(self, threads: int, shared: int) -> int:
         """Blocks of so many threads and bytes of dynamic shared memory that a multiprocessor runs at the same time.

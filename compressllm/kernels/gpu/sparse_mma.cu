@@ -11,6 +11,7 @@
 //   GROUP: columns that share a scale, 32, 64 or 128; 0 if a row has one; -1 if there are none
 //   ROW_TILES, TOKEN_TILES, WARPS, AHEAD, RAGGED (columns are not a multiple of 256), BIAS
 //   STAGED: a block keeps its tokens' activations in shared memory, in the order the products take them
+//   EXPAND, with BITS, FLOAT8, HALF and GROUP alone: not the product, but the weight as it is without a mask
 //
 // Includes nothing, so that no CUDA headers are needed. EMULATED is for running it on a CPU, one thread a lane.
 
@@ -93,16 +94,17 @@ DEVICE u16 rounded(float number) {
 #define ONE 0x3F803F80u
 #endif
 
-// Registers a0 to a3 of one step, from a lane's values of the whole tile. Integers and float8 are put where a 16-bit
-// float has its bits, two at a time; one exact operation then takes away what that added.
-template <int STEP>
-DEVICE void operand(u32 (&a)[4], const Four (&values)[LOADS]) {
-#if BITS == 16
-    for (int i = 0; i < 4; i++) a[i] = values[STEP].a[i];
-#elif BITS == 8
+#define WORDS (BITS / 4)  // of a lane's values, in a step
+
+// Registers a0 to a3 of one step, from its words of a lane's values. Integers and float8 are put where a 16-bit float
+// has its bits, two at a time; one exact operation then takes away what that added.
+DEVICE void operand(u32 (&a)[4], const u32* words) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u32 pair = values[STEP / 2].a[STEP % 2 * 2 + i / 2] >> (i % 2 * 8);
+#if BITS == 16
+        a[i] = words[i];
+#elif BITS == 8
+        const u32 pair = words[i / 2] >> (i % 2 * 8);
 #if FLOAT8 && HALF  // exponent and mantissa to their places: too small by 2^8
         a[i] = fma2((pair & 0x007f007fu) << 7 | (pair & 0x00800080u) << 8, 0x5C005C00u, 0x80008000u);
 #elif FLOAT8  // too small by 2^120
@@ -112,19 +114,52 @@ DEVICE void operand(u32 (&a)[4], const Four (&values)[LOADS]) {
 #else  // 128 and the lower 7 bits; less 128, or 256 if v is negative
         a[i] = fma2((pair & 0x007f007fu) | 0x43004300u, ONE, (pair & 0x00800080u) | 0xC300C300u);
 #endif
-    }
-#else
-    const u32 word = values[STEP / 4].a[STEP % 4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#if HALF  // 1024 + 8 + v, less that
-        a[i] = fma2(((word >> (4 * i)) & 0x000f000fu) | 0x64006400u, ONE, 0xE408E408u);
+#elif HALF  // 1024 + 8 + v, less that
+        a[i] = fma2(((words[0] >> (4 * i)) & 0x000f000fu) | 0x64006400u, ONE, 0xE408E408u);
 #else  // 128 + 8 + v, less that
-        a[i] = fma2(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u, ONE, 0xC308C308u);
+        a[i] = fma2(((words[0] >> (4 * i)) & 0x000f000fu) | 0x43004300u, ONE, 0xC308C308u);
 #endif
     }
-#endif
 }
+
+#ifdef EXPAND
+
+// The whole weight, for many tokens: one lane of a warp and one step a thread.
+extern "C" __global__ void __launch_bounds__(32 * STEPS) expand(
+    const Four* packed,   // (row_blocks, tiles, LOADS + 1, 32) of 16 bytes
+    const float* scales,  // (groups, rows), if there are any
+    u16* out,             // (rows, columns)
+    int rows, int columns, int tiles, int groups
+) {
+    const int lane = threadIdx.x, step = threadIdx.y, q = lane % 4, g = lane / 4;
+    const long long tile = (long long)blockIdx.x * tiles + blockIdx.y;
+    const Four* at = packed + tile * ((LOADS + 1) * 32);
+    const Four values = load_weight(at + 32 * (step * WORDS / 4) + lane);
+    u32 a[4];
+    operand(a, values.a + step * WORDS % 4);
+    const Four* positions = at + 32 * LOADS + 4 * g + 2 * (step % 2);  // of two lanes, each of four groups
+    for (int half = 0; half < 2; half++) {  // groups q and q + 4 as the product counts them
+        const int counted = q + 4 * half, group = counted % 2 * 4 + counted / 2;
+        const int column = 256 * (int)blockIdx.y + 32 * step + 4 * group;
+        const u32 word = positions[half].a[step / 2] >> (4 * q);
+        for (int hi = 0; hi < 2; hi++) {
+            const int row = blockIdx.x * 16 + g + 8 * hi;
+            const u32 where = word >> (16 * hi), pair = a[2 * half + hi];
+            u16 low = (u16)pair, high = (u16)(pair >> 16);
+#if GROUP >= 0
+            const int scale = GROUP ? column / (GROUP ? GROUP : 1) : 0;
+            const float times = scales[(long long)(scale < groups ? scale : groups - 1) * rows + row];
+            low = rounded(widened(low) * times);
+            high = rounded(widened(high) * times);
+#endif
+            const unsigned long long four =
+                (unsigned long long)low << (16 * (where & 3)) | (unsigned long long)high << (16 * (where >> 2 & 3));
+            if (column < columns) *(unsigned long long*)(out + (long long)row * columns + column) = four;
+        }
+    }
+}
+
+#else
 
 // x of one step for one lane's token: lane q of a group reads 8 columns in a row, and trades with its neighbour so that
 // the even one has the first two, and the odd one the last two, of each of four groups of 4 columns.
@@ -217,7 +252,7 @@ DEVICE void multiply(
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
         u32 a[4];
-        operand<STEP>(a, tile.values[r]);
+        operand(a, tile.values[r][STEP * WORDS / 4].a + STEP * WORDS % 4);
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
 #if GROUP > 0
@@ -350,3 +385,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) sparse_mma(
         __syncthreads();  // the sums are written again
     }
 }
+
+#endif

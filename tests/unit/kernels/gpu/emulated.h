@@ -7,6 +7,9 @@
 #include <vector>
 
 #define EMULATED
+#ifdef EXPAND
+#define WARPS 8
+#endif
 #define DEVICE static inline
 #define __global__
 #define __launch_bounds__(n)

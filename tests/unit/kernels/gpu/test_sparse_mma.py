@@ -91,7 +91,7 @@ def emulated(tmp_path, monkeypatch):
     if subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode:
         pytest.skip("needs a g++ that knows std::barrier")
     monkeypatch.setattr(sparse_mma, "_processors", lambda device: 1)
-    monkeypatch.setattr(sparse_mma, "_kernel", lambda device, *defines: Emulated(tmp_path, dict(defines)))
+    monkeypatch.setattr(sparse_mma, "_kernel", lambda device, name, *defines: Emulated(tmp_path, dict(defines)))
 
 
 CASES = [  # kind, group, dtype, configuration, shape, tokens, bias
@@ -134,6 +134,28 @@ def test_every_float8_is_exact(emulated, dtype):
     out = torch.empty(256, 16, dtype=dtype)
     sparse_mma.compute(x, packed["fragments"], None, None, out, Config(1, 2, 1, 1, 0))
     assert torch.equal(out, weight.to(dtype).T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "dtype"),
+    [
+        ("16", 0, torch.bfloat16),
+        ("float8", 0, torch.float16),
+        ("int8", 0, torch.bfloat16),
+        ("int8", 32, torch.float16),
+        ("int4", 128, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_expanding_gives_the_weight(emulated, kind, group, dtype):
+    weight, keep = sparse((32, 608), torch.float8_e4m3fn if kind == "float8" else dtype)
+    if kind.startswith("int"):
+        weight = quantize_absmax(weight, keep, int(kind[3:]), group or 608)
+    packed = SparseMma().pack(weight, keep)
+    scales = packed["scales"].view(torch.float32) if "scales" in packed else None
+    got = sparse_mma.expand(packed["fragments"].view(torch.int32), scales, dtype, 608)
+    expected = weight.dequantize(torch.float32) if scales is not None else weight
+    assert torch.equal(got, expected.to(dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 300])
