@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --student RUN --teacher demo --data wikitext2 --rows kl,ce,ast --tokens 98304 \\
         --eval wikitext2
 
-A row is a name of `ROWS`, which says what differs from the stage's defaults. Every row is a process of its own, its
+A row is a name of `ROWS`, which says what differs from the stage's defaults. Those whose masks move begin with the
+teacher's weights and masks by size, all others with the student. Every row is a process of its own, its
 result verified, exported packed and loaded again. Rows that the result file has already for as many tokens and the same
 seed are not measured again, so a stopped run goes on.
 """
@@ -37,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "ast": {"losses": "kl=1.0", "masking": "ast"},
     "ast-static": {"losses": "kl=1.0", "masking": "ast", "decay": "static"},
     "ast-reversed": {"losses": "kl=1.0", "masking": "ast", "decay": "reversed"},
+    "ast-no-decay-no-moves": {"losses": "kl=1.0", "masking": "ast", "decay": "none", "refresh": 1_000_000},
     "deferred": {"losses": "kl=1.0", "masking": "deferred"},
     "masklora": {"losses": "kl=1.0", "train": "masklora", "lr": 2e-3},
     "spp": {"losses": "kl=1.0", "train": "spp", "lr": 4e-3},
@@ -48,13 +50,16 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
     """Recover, verify, export, evaluate; what came out."""
     recover = {"teacher": options.teacher, "data": options.data.split(","), "max_tokens": options.tokens} | ROWS[row]
     recover |= {"seqlen": options.seqlen} | ({"mixture": options.mixture} if options.mixture else {})
-    if recover["losses"].startswith("ce=1.0"):
+    if recover["losses"] == "ce=1.0":
         del recover["teacher"]
+    student = options.student
+    if "masking" in recover:
+        student, recover["pattern"] = options.teacher, options.pattern
     texts = dict(pair.rpartition("=")[::2] if "=" in pair else (pair, pair) for pair in options.eval.split(","))
     evals = [{"eval": {"source": t, "seqlen": options.eval_seqlen, "windows": options.windows}} for t in texts.values()]
     stages = [{"recover": recover}, evals[0], {"export": {"format": "packed"}}, *evals]
     recipe, out = scratch / "recipe.yaml", scratch / "run"
-    recipe.write_text(yaml.safe_dump({"model": options.student, "seed": seed, "stages": stages}))
+    recipe.write_text(yaml.safe_dump({"model": student, "seed": seed, "stages": stages}))
     seconds, peak, text = run_process([sys.executable, "-m", "compressllm", "run", str(recipe), str(out), "--json"])
     recovered, before_export, _, *after = json.loads(text)["stages"]
     check = [sys.executable, "-m", "compressllm", "verify", str(out), "--pattern", options.pattern]
