@@ -1,8 +1,8 @@
 """Tokens a second of an 8B-shaped model on a GPU, dense and with every linear of its blocks at 2:4.
 
 Weights are random, so this says nothing about quality. Decoding is transformers' own forward on a static cache,
-compiled into a CUDA graph a step; a prompt runs eagerly. All variants are measured in one process, one after the
-other. Compiling takes about a minute for each variant and batch size; fewer ``--layers`` give a quick look.
+compiled into a CUDA graph a step, or with ``--eager`` captured into one as it is; a prompt runs eagerly. All variants
+are measured in one process, one after the other. Compiling takes about a minute for each variant and batch size.
 
     python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json
 """
@@ -37,10 +37,11 @@ CONTEXT = 256  # tokens in the cache while decoding
 Pack = Callable[[Tensor, Tensor], "Tensor | QuantizedWeight"]
 VARIANTS: dict[str, tuple[str, Pack]] = {
     "cusparselt bf16": ("cusparselt", lambda weight, keep: weight),
-    "triton bf16": ("triton", lambda weight, keep: weight),
+    "sparse-mma bf16": ("sparse-mma", lambda weight, keep: weight),
     "cusparselt fp8": ("cusparselt", lambda weight, keep: weight.to(torch.float8_e4m3fn)),
-    "triton int8": ("triton", lambda weight, keep: quantize_absmax(weight, keep, 8, weight.shape[1])),
-    "triton int4": ("triton", lambda weight, keep: quantize_absmax(weight, keep, 4, GROUP)),
+    "sparse-mma fp8": ("sparse-mma", lambda weight, keep: weight.to(torch.float8_e4m3fn)),
+    "sparse-mma int8": ("sparse-mma", lambda weight, keep: quantize_absmax(weight, keep, 8, weight.shape[1])),
+    "sparse-mma int4": ("sparse-mma", lambda weight, keep: quantize_absmax(weight, keep, 4, GROUP)),
 }
 
 
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--eager", action="store_true", help="capture the step without compiling it")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -63,7 +65,8 @@ def main() -> int:
         "model": f"Llama-3-8B's shape with {options.layers} blocks, random weights, 2:4 in all linears of the blocks",
         "context": CONTEXT,
         "prompt": PROMPT,
-        "rows": [measure("dense bf16", random_model(shape), batches)],
+        "step": "captured as it is" if options.eager else "compiled",
+        "rows": [measure("dense bf16", random_model(shape), batches, options.eager)],
     }
     for name in options.variants.split(","):
         model = random_model(shape)
@@ -72,7 +75,7 @@ def main() -> int:
         except BackendUnavailableError as error:
             result["rows"].append({"variant": name, "refused": str(error)})
         else:
-            result["rows"].append(measure(name, model, batches, result["rows"][0]))
+            result["rows"].append(measure(name, model, batches, options.eager, result["rows"][0]))
         del model
         write(options.out, result)
     return 0
@@ -105,13 +108,15 @@ def swap_(model: nn.Module, backend: str, pack: Pack) -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, model: Any, batches: list[int], dense: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(
+    name: str, model: Any, batches: list[int], eager: bool, dense: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Median tokens a second, decoding at each batch size and reading a prompt; memory of the weights."""
     begun = time.perf_counter()
     row: dict[str, Any] = {"variant": name, "weight_bytes": weight_bytes(model), "decode": {}}
     for batch in batches:
         torch.compiler.reset()  # graphs of other variants would hold their weights
-        step = decoding_step(model, batch)
+        step = decoding_step(model, batch, eager)
         row["decode"][batch] = batch / statistics.median(timed(step, repeats=5) for _ in range(ROUNDS))
     row["prefill"] = prefill(model)
     if dense:
@@ -125,7 +130,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
-def decoding_step(model: Any, batch: int) -> Callable[[], object]:
+def decoding_step(model: Any, batch: int, eager: bool) -> Callable[[], object]:
     """One token for each sequence of a batch, captured in a CUDA graph."""
     cache = StaticCache(config=model.config, max_cache_len=2 * CONTEXT)
     device = model.device
@@ -136,6 +141,8 @@ def decoding_step(model: Any, batch: int) -> Callable[[], object]:
         "cache_position": torch.tensor([CONTEXT], device=device),
         "position_ids": torch.full((batch, 1), CONTEXT, device=device),
     }
+    if eager:
+        return captured_step(lambda: model(token, past_key_values=cache, use_cache=True, **where))
     forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead", dynamic=False)
 
     def step() -> object:
@@ -145,6 +152,19 @@ def decoding_step(model: Any, batch: int) -> Callable[[], object]:
     for _ in range(4):
         step()
     return step
+
+
+def captured_step(step: Callable[[], object]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def prefill(model: Any) -> float:

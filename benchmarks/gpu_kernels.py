@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressllm.core.pattern import NM
-from compressllm.core.protocols import Backend
+from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
+from compressllm.core.registry import build
 from compressllm.kernels.cusparselt import CuSparseLt, notes
-from compressllm.kernels.decode_gpu import Triton
 from compressllm.stages.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "gpu_kernels.json"
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--shapes", default=LLAMA_8B, help="outputs x inputs")
     parser.add_argument("--tokens", default="1,4,16,256,4096")
     parser.add_argument("--formats", default="bf16,fp8,int8,int4")
+    parser.add_argument("--backends", default="cusparselt,sparse-mma,triton")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> int:
     }
     for shape in (tuple(int(n) for n in text.split("x")) for text in options.shapes.split(",")):
         for form in options.formats.split(","):
-            made, refused = contenders(shape, form, device)
+            made, refused = contenders(shape, form, options.backends.split(","), device)
             for tokens in map(int, options.tokens.split(",")):
                 torch.compiler.reset()
                 found = compare(made, refused, shape, form, tokens, options.rounds, bandwidth)
@@ -90,7 +91,9 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def contenders(shape: tuple[int, int], form: str, device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(
+    shape: tuple[int, int], form: str, backends: list[str], device: torch.device
+) -> tuple[dict[str, Contender], dict[str, str]]:
     """Name -> contender, with dense bfloat16 the first; and name -> why it is not there."""
     weight = torch.randn(shape, device=device) / shape[1] ** 0.5
     keep = PATTERN.keep(weight.abs())
@@ -98,22 +101,20 @@ def contenders(shape: tuple[int, int], form: str, device: torch.device) -> tuple
     made, refused = {"dense bf16": dense(weight, functional.linear)}, {}
     if form == "fp8":
         made["dense fp8"] = dense(weight, compiled(scaled_fp8), lambda w: w.to(torch.float8_e4m3fn))
-        candidates = {"cusparselt": weight.to(torch.float8_e4m3fn), "triton": weight.to(torch.float8_e4m3fn)}
+        packable: Tensor | QuantizedWeight = weight.to(torch.float8_e4m3fn)
     elif form == "int8":
-        codes = quantize_absmax(weight, keep, 8, shape[1])
+        packable = codes = quantize_absmax(weight, keep, 8, shape[1])
         made["dense int8"] = dense((codes.codes, codes.scales.view(1, -1)), compiled(scaled_int8))
-        candidates = {"cusparselt": codes, "triton": codes}
     elif form == "int4":
-        codes = quantize_absmax(weight, keep, 4, GROUP)
+        packable = codes = quantize_absmax(weight, keep, 4, GROUP)
         try:
             made["dense int4"] = dense(int4_packed(codes), packed_int4)
         except RuntimeError as error:
             refused["dense int4"] = first_line(error)
-        candidates = {"triton": codes}
     else:
-        candidates = {"cusparselt": weight, "triton": weight}
-    for name, packable in candidates.items():
-        backend = {"cusparselt": CuSparseLt, "triton": Triton}[name]()
+        packable = weight
+    for name in backends:
+        backend = build(BACKENDS, name)
         if reason := backend.refuses(packable, PATTERN, wanted=True):
             refused[name] = reason
         else:

@@ -145,7 +145,7 @@ def _sources() -> str:
     """Hash of the kernels' own source files, so that a changed kernel is measured anew."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in {".py", ".c", ".h"}:
+        if path.suffix in {".py", ".c", ".h", ".cu"}:
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 _EXPERTS = {
     "has_gate": True,
     "has_bias": False,
-    "has_post_expert_norm": False,
     "is_transposed": False,
     "is_concatenated": True,
 }
+_NEW_IN_5_23 = {"has_post_expert_norm": False}  # older versions have none such, and say nothing of it
 
 
 @dataclass(frozen=True)
@@ -99,4 +99,5 @@ def _holds_experts(module: nn.Module) -> bool:
         return False
     experts, hidden, inner = held["down_proj"]
     known = all(getattr(module, key, None) is value for key, value in _EXPERTS.items())
+    known = known and all(getattr(module, key, value) is value for key, value in _NEW_IN_5_23.items())
     return known and tuple(held["gate_up_proj"]) == (experts, 2 * inner, hidden)

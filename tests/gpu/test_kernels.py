@@ -7,11 +7,12 @@ from torch.nn import functional
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
-from compressllm.kernels import cusparselt, decode_gpu
+from compressllm.kernels import cusparselt, decode_gpu, sparse_mma
 from compressllm.kernels.cusparselt import CuSparseLt
 from compressllm.kernels.decode_gpu import Triton
 from compressllm.kernels.gpu.configs import Config, candidates
 from compressllm.kernels.linear import SparseLinear
+from compressllm.kernels.sparse_mma import SparseMma
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +21,8 @@ pytestmark = [
 
 PATTERN = NM(2, 4)
 SIXTEEN = [torch.bfloat16, torch.float16]
-BACKENDS = {"cusparselt": CuSparseLt, "triton": Triton}
+BACKENDS = {"cusparselt": CuSparseLt, "triton": Triton, "sparse-mma": SparseMma}
+FEW_TOKENS = {"triton": Triton, "sparse-mma": SparseMma}
 #: What an 8-bit rounding of activations adds, as a share of the result's norm.
 ROUNDING = {torch.int8: 0.02, torch.float8_e4m3fn: 0.05}
 
@@ -28,10 +30,10 @@ ROUNDING = {torch.int8: 0.02, torch.float8_e4m3fn: 0.05}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESSLLM_CACHE", str(tmp_path))
-    for module in (cusparselt, decode_gpu):
+    for module in (cusparselt, decode_gpu, sparse_mma):
         module._choices.cache_clear()
     yield
-    for module in (cusparselt, decode_gpu):
+    for module in (cusparselt, decode_gpu, sparse_mma):
         module._choices.cache_clear()
 
 
@@ -78,25 +80,29 @@ def test_16_bits(name, dtype, shape, tokens, bias):
 @pytest.mark.parametrize("group", [32, 64, 128, 0])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-def test_integers_in_triton(dtype, bits, group, columns):
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_integers(name, dtype, bits, group, columns):
     weight, keep = sparse((320, columns), dtype)
     quantized = quantize_absmax(weight, keep, bits, group or columns)
-    packed, exact = packed_by(Triton(), quantized, keep), quantized.dequantize(torch.float32)
-    assert torch.equal(Triton().unpack(packed, columns), exact)
+    backend, exact = FEW_TOKENS[name](), quantized.dequantize(torch.float32)
+    packed = packed_by(backend, quantized, keep)
+    assert torch.equal(backend.unpack(packed, columns), exact)
     for tokens in (1, 16, 40):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
-        error, dense_error, _ = errors(Triton(), packed, exact, x, torch.randn(320, device="cuda").to(dtype))
+        error, dense_error, _ = errors(backend, packed, exact, x, torch.randn(320, device="cuda").to(dtype))
         assert error <= 2 * dense_error
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-def test_every_float8_in_triton(dtype):
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_every_float8(name, dtype):
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(1.0).repeat(4)
     keep = PATTERN.keep(torch.rand(64, 1024))
     weight = every.expand(64, -1).masked_fill(~keep, 0).to(torch.float8_e4m3fn).cuda()
-    packed = packed_by(Triton(), weight, keep.cuda())
+    backend = FEW_TOKENS[name]()
+    packed = packed_by(backend, weight, keep.cuda())
     x = torch.eye(1024, dtype=dtype, device="cuda")  # picks single weights, subnormal ones too
-    assert torch.equal(Triton().linear(x, packed, None), weight.to(dtype).T)
+    assert torch.equal(backend.linear(x, packed, None), weight.to(dtype).T)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 256])
@@ -163,12 +169,33 @@ def test_every_config_of_triton_computes_the_same():
             assert torch.equal(kernel.matmul(*arguments), once)
 
 
-def test_triton_searches_when_told_to(monkeypatch):
+CONFIGS = [(1, 1, 1, 1, 0), (1, 1, 8, 2, 1), (2, 1, 4, 2, 0), (1, 2, 8, 1, 1), (2, 2, 8, 1, 0), (2, 2, 4, 2, 1)]
+
+
+@pytest.mark.parametrize("configs", CONFIGS, ids=str)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_every_config_of_sparse_mma_computes_the_same(bits, configs):
+    weight, keep = sparse((208, 2080), torch.bfloat16)
+    quantized = weight if bits == 16 else quantize_absmax(weight, keep, bits, 128)
+    packed, x = packed_by(SparseMma(), quantized, keep), torch.randn(21, 2080, device="cuda", dtype=torch.bfloat16)
+    exact = functional.linear(x.double(), SparseMma().unpack(packed, 2080).double())
+    scales = packed["scales"].view(torch.float32) if bits < 16 else None
+    made = []
+    for _ in range(2):
+        out = torch.full((21, 208), float("nan"), device="cuda", dtype=torch.bfloat16)
+        made.append(sparse_mma.compute(x, packed["fragments"], scales, None, out, sparse_mma.Config(*configs)))
+    assert (made[0] - exact).abs().max() <= 2**-7 * exact.abs().max()
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_searches_when_told_to(monkeypatch, name):
     monkeypatch.setenv("COMPRESSLLM_SEARCH", "1")
     weight, keep = sparse((1024, 1024), torch.bfloat16)
-    packed, x = packed_by(Triton(), weight, keep), torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
-    got = Triton().linear(x, packed, None)
-    assert decode_gpu._choices(x.device).path.exists()
+    backend, x = FEW_TOKENS[name](), torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
+    packed = packed_by(backend, weight, keep)
+    got = backend.linear(x, packed, None)
+    assert {"triton": decode_gpu, "sparse-mma": sparse_mma}[name]._choices(x.device).path.exists()
     torch.testing.assert_close(got, functional.linear(x, weight), rtol=2e-2, atol=2e-2)
 
 
