@@ -46,7 +46,8 @@ class RecoverConfig(Config):
     record: RecordConfig = RecordConfig()
     """How those are read."""
     held_out: float = Field(default=0.02, gt=0, lt=0.5)
-    """Share of the training windows that is not trained on: it chooses the best checkpoint and tells divergence."""
+    """Share of the training windows that is not trained on: it chooses the best checkpoint and tells divergence.
+    Fewer, where looking at them would take more than a tenth of the time."""
     seqlen: int = Field(default=512, ge=2)
     """Tokens in a window."""
     max_tokens: int = Field(default=500_000, ge=1)

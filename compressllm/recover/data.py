@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from compressllm.core.errors import CalibrationError
@@ -12,6 +13,9 @@ from compressllm.recover.rows import TrainingData
 from compressllm.recover.taskdata import load_tasks
 from compressllm.recover.textdata import load_text
 
+_HELD_OUT = 64  # windows at most
+_SHARE = 0.4  # of the tokens trained on, all looks at them together: a tenth of the time, a look being a forward pass
+
 
 def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
     """The rows that settings name, for the bundle's tokenizer and vocabulary; warns of what was not done as asked.
@@ -19,18 +23,20 @@ def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
     Raises: RecipeError, CalibrationError.
     """
     tokens, longest, vocabulary = config.max_tokens, bundle.max_seqlen, bundle.vocab_size
+    looks = math.ceil(1 / config.evaluate_every)
+    most = max(1, min(_HELD_OUT, int(_SHARE * tokens / looks / config.seqlen)))
     if config.records:
         paths = [Path(path).expanduser() for path in config.records]
         if missing := next((path for path in paths if not path.is_file()), None):
             raise CalibrationError(f"records: {missing} does not exist, or is no file; give JSON lines of records")
         data = load_tasks(
             paths, bundle.tokenizer, config.seqlen, config.record, config.held_out,
-            max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
+            most_held_out=most, max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
         )  # fmt: skip
     else:
         data = load_text(
             config.data, bundle.tokenizer, config.seqlen, config.mixture, config.held_out,
-            max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
+            most_held_out=most, max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
         )  # fmt: skip
     for note in data.notes:
         run.warn(note)
