@@ -21,6 +21,7 @@ from compressllm.cli import (
     prune,
     recipe,
     run,
+    select,
     sweep,
 )
 from compressllm.cli.output import results, say, talk
@@ -40,6 +41,7 @@ app.command()(run.run)
 app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(sweep.sweep)
+app.command()(select.select)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

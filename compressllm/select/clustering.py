@@ -51,7 +51,7 @@ class Clustering:
             among the landmarks' from their neighbours, so that time and memory are linear in their number.
     """
 
-    neighbors: int = 20
+    neighbors: int = 30
     fewest: int = 5
     most: int = 30
     time: float = 1.0
@@ -72,7 +72,7 @@ class Clustering:
         graph = affinity(found, distances, scale)
         walk = diffusion_map(graph, most - 1, seed)
         count, notes = _choose_count(walk.eigenvalues, graph, min(self.fewest, most), most, seed)
-        coordinates = walk.coordinates(count - 1, self.time)
+        coordinates = walk.coordinates(walk.vectors[:, : count - 1], self.time)
         means = KMeans(count, n_init=10, random_state=seed).fit(coordinates)
         labels = means.labels_.astype(np.int64)
         if len(drawn) < len(points):
@@ -81,9 +81,7 @@ class Clustering:
             others = torch.ones(len(points), dtype=torch.bool).index_fill_(0, drawn, False).nonzero().squeeze(1)
             near, far = nearest(points[others], marks, k, run, "placing the rest")
             weights = torch.exp(-(far**2) / (own_scale(far)[:, None] * scale[near]))
-            placed[others.numpy()] = (
-                extend(walk, near, weights)[:, : count - 1] * walk.eigenvalues[: count - 1] ** self.time
-            )
+            placed[others.numpy()] = walk.coordinates(extend(walk, near, weights)[:, : count - 1], self.time)
             coordinates, labels = placed, means.predict(placed).astype(np.int64)
         notes |= {"landmarks": len(drawn), "neighbors": k}
         return Clusters(_largest_first(labels), coordinates, notes)

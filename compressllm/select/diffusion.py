@@ -33,10 +33,16 @@ class DiffusionMap:
     eigenvalues: Array
     vectors: Array
 
-    def coordinates(self, count: int, time: float) -> Array:
-        """(n, count) leading eigenvectors, each times its eigenvalue to the power of ``time``."""
-        scales: Array = np.clip(self.eigenvalues[:count], 0, None) ** time
-        return self.vectors[:, :count] * scales
+    def coordinates(self, vectors: Array, time: float) -> Array:
+        """(m, c) of unit rows: the leading eigenvectors at some points, each times its eigenvalue to ``time``.
+
+        Without the unit rows a few dozen near-equal texts lie so far from all others that they are what is divided.
+
+        Source: Ng, Jordan and Weiss, On spectral clustering, NeurIPS 2001, step 4.
+        """
+        scaled = vectors * np.clip(self.eigenvalues[: vectors.shape[1]], 0, None) ** time
+        unit: Array = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
+        return unit
 
 
 def diffusion_map(affinities: csr_array, components: int, seed: int) -> DiffusionMap:

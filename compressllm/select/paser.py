@@ -47,7 +47,7 @@ class Paser:
     """
 
     embedder: Embedder = field(default_factory=Auto)
-    neighbors: int = 20
+    neighbors: int = 30
     min_clusters: int = 5
     max_clusters: int = 30
     landmarks: int = 20_000

@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "export", "eval"}
+METHODS = {"prune", "export", "eval", "select"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -20,9 +20,22 @@ MAY_IMPORT = {
     "prune": {"calibration", "models", "core"},
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
-    "stages": {"prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "select": {"calibration", "models", "core"},
+    "stages": {"prune", "export", "eval", "select", "kernels", "calibration", "models", "core", "compressllm"},
     "bench": {"stages", "eval", "kernels", "models", "core"},
-    "cli": {"bench", "stages", "prune", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "cli": {
+        "bench",
+        "stages",
+        "prune",
+        "export",
+        "eval",
+        "select",
+        "kernels",
+        "calibration",
+        "models",
+        "core",
+        "compressllm",
+    },
     "__main__": {"cli"},
 }
 
