@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
 from compressllm.select.records import Record
+
+# What is too long is cut here, so the tokenizer need not say that it is.
+_QUIET: Final[dict[str, Any]] = {"verbose": False}
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -> En
     """
     if tokenizer.chat_template:
         turns = [{"role": role, "content": text} for role, text in record.turns]
-        prompt = _ids(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+        prompt = _ids(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenizer_kwargs=_QUIET))
     else:
-        prompt = _ids(tokenizer(record.prompt + "\n"))
-    response = _ids(tokenizer(record.response, add_special_tokens=False))
+        prompt = _ids(tokenizer(record.prompt + "\n", **_QUIET))
+    response = _ids(tokenizer(record.response, add_special_tokens=False, **_QUIET))
     if tokenizer.eos_token_id is not None:
         response.append(tokenizer.eos_token_id)
     whole = len(prompt) + len(response) <= limit

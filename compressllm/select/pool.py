@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,13 +42,17 @@ class Pool:
         if student is not None:
             _check_vocabularies(teacher, student)
         tokenizer = teacher.tokenizer
-        self._teacher, self._student, self._run = teacher, student, run
+        self._teacher, self._student, self._tokenizer, self._run = teacher, student, tokenizer, run
         self._device = choose_device(config.device)
         self._dtype = choose_dtype(config.dtype, teacher.stored_dtype, self._device)
         self.prompts = [record.prompt for record in records]
+        limit = min(config.max_tokens, teacher.max_seqlen or config.max_tokens)
+        if limit < config.max_tokens:
+            run.warn(
+                f"the model reads at most {limit} tokens, fewer than max_tokens={config.max_tokens}; {limit} are used"
+            )
         self.encoded = [
-            encode(record, tokenizer, config.max_tokens)
-            for record in run.track(records, len(records), "reading records")
+            encode(record, tokenizer, limit) for record in run.track(records, len(records), "reading records")
         ]
         self.lengths = torch.tensor([len(one.ids) for one in self.encoded])
         self.response_lengths = torch.tensor([len(one.ids) - one.start for one in self.encoded])
@@ -65,13 +70,8 @@ class Pool:
         return embedder.embed(self.prompts, self._hidden, self._device, self._run)
 
     def _compared(self, ids: Sequence[int]) -> Tensor:
-        if self._student is None:
-            raise RecipeError(
-                "this method compares the pruned model with the dense one; give the pruned one as student"
-            )
-        student = self._student
         encoded = [self.encoded[one] for one in ids]
-        hashes = [_content(bundle) for bundle in (self._teacher, student)]
+        hashes = [_content(bundle) for bundle in (self._teacher, self._compared_with())]
         made = in_batches(
             lambda batch: response_divergence(self._dense, self._pruned, [encoded[item] for item in batch]),
             [len(one.ids) for one in encoded],
@@ -91,10 +91,9 @@ class Pool:
         return made
 
     def _hidden(self, texts: Sequence[str]) -> Tensor:
-        tokenizer, content = self._teacher.tokenizer, _content(self._teacher)
-        assert tokenizer is not None  # seen to when the pool was made
-        identity = None if content is None else (content, self._dtype)
-        return TextEncoder(self._dense.base_model, tokenizer, identity, limit=256).encode(
+        content = _content(self._teacher)
+        identity = None if content is None else ("hidden", content, self._dtype)
+        return TextEncoder(self._dense.base_model, self._tokenizer, identity, limit=256).encode(
             texts, self._device, self._run
         )
 
@@ -104,14 +103,18 @@ class Pool:
 
     @functools.cached_property
     def _pruned(self) -> PreTrainedModel:
-        assert self._student is not None
-        return self._student.live(self._dtype, self._device)
+        return self._compared_with().live(self._dtype, self._device)
+
+    def _compared_with(self) -> Bundle:
+        if self._student is None:
+            raise RecipeError(
+                "this method compares the pruned model with the dense one; give the pruned one as student"
+            )
+        return self._student
 
 
 @functools.cache
 def _hashes(files: tuple[str, ...]) -> str:
-    from pathlib import Path
-
     return " ".join(file_sha256(Path(file)) for file in files)
 
 

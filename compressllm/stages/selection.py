@@ -79,11 +79,10 @@ def select_file(
 
 def _lines(selection: Selection) -> list[str]:
     chosen = selection.chosen
-    clusters = chosen.clusters or [None] * len(chosen.ids)
     lines = []
-    for record, cluster, score, tokens in zip(
-        selection.records, clusters, chosen.scores, selection.tokens, strict=True
-    ):
+    for at, record in enumerate(selection.records):
+        cluster = None if chosen.clusters is None else chosen.clusters[at]
+        score, tokens = chosen.scores[at], selection.tokens[at]
         facts = {"line": record.line, "cluster": cluster, "score": score, "tokens": tokens, "cost": tokens**2}
         lines.append(json.dumps({**record.row, "selection": facts}, ensure_ascii=False) + "\n")
     return lines

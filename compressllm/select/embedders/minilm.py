@@ -14,6 +14,7 @@ from torch import Tensor
 from compressllm.core.errors import RecipeError
 from compressllm.core.protocols import EMBEDDERS
 from compressllm.core.run import Run
+from compressllm.models.loading import quiet_transformers
 from compressllm.models.shards import file_sha256
 from compressllm.select.meanpool import TextEncoder
 
@@ -50,11 +51,11 @@ class MiniLM:
 
         if (folder := _folder()) is None:
             raise RecipeError(f"embedder minilm {self.refuses()}")
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         identity = ("minilm", file_sha256(folder / _WEIGHTS), self.limit)
-        return TextEncoder(model, AutoTokenizer.from_pretrained(folder), identity, self.limit).encode(
-            texts, device, run
-        )
+        return TextEncoder(model, tokenizer, identity, self.limit).encode(texts, device, run)
 
 
 def _folder() -> Path | None:
