@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
+
+# Beside a cluster of any weight one without counts for nothing, but it is not left empty where the others are full.
+_NOTHING: Final = 1e-9
 
 
 def share_budget(budget: int, weights: Sequence[float], sizes: Sequence[int], floor: float) -> list[int]:
@@ -14,35 +18,25 @@ def share_budget(budget: int, weights: Sequence[float], sizes: Sequence[int], fl
 
     Args:
         budget: At most the sum of ``sizes``.
-        weights: Not negative; all zero counts as all equal.
+        weights: Not negative; all zero counts as all records alike.
         sizes: Records in each cluster, at least one.
-        floor: Fraction of the budget.
+        floor: Fraction of the budget; of more than an equal share, an equal share.
     """
     least = [min(size, math.floor(min(floor, 1 / len(sizes)) * budget)) for size in sizes]
-    parts: list[float] = [0.0] * len(sizes)
-    free = set(range(len(sizes)))
-    left = float(budget)
-    positive = any(weights)
-    while free:
-        total = math.fsum(weights[one] if positive else sizes[one] for one in free)
-        for one in free:
-            weight = weights[one] if positive else sizes[one]
-            parts[one] = left * weight / total if total else left / len(free)
-        # Those that can take no more first: once they are fixed the others get more, and need a floor less often.
-        bound = {one: float(sizes[one]) for one in free if parts[one] > sizes[one]}
-        bound = bound or {one: float(least[one]) for one in free if parts[one] < least[one]}
-        if not bound:
-            break
-        for one, count in bound.items():
-            parts[one] = count
-        free -= bound.keys()
-        left = budget - math.fsum(part for one, part in enumerate(parts) if one not in free)
-    return _whole(parts, budget, sizes)
+    some = max(weights) * _NOTHING or 1.0
+    positive = [weight or some * size / sum(sizes) for weight, size in zip(weights, sizes, strict=True)]
 
+    def parts(scale: float) -> list[float]:
+        bounds = zip(positive, least, sizes, strict=True)
+        return [min(max(scale * weight, low), high) for weight, low, high in bounds]
 
-def _whole(parts: Sequence[float], budget: int, sizes: Sequence[int]) -> list[int]:
-    counts = [math.floor(part + 1e-9) for part in parts]
-    for one in sorted(range(len(parts)), key=lambda one: (counts[one] - parts[one], one)):
-        if sum(counts) < budget and counts[one] < sizes[one]:
-            counts[one] += 1
+    lower, upper = 0.0, max(size / weight for size, weight in zip(sizes, positive, strict=True))
+    for _ in range(200):  # more halvings than a float has bits
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if math.fsum(parts(middle)) < budget else (lower, middle)
+    wanted = parts(upper)
+    counts = [math.floor(part + 1e-6) for part in wanted]
+    by_remainder = sorted(range(len(sizes)), key=lambda one: (counts[one] - wanted[one], one))
+    for one in by_remainder[: budget - sum(counts)]:
+        counts[one] += 1
     return counts
