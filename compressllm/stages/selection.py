@@ -53,10 +53,10 @@ def select_file(
         raise RunError(f"{out.parent}: is not a folder; make it first")
     begun, peak = time.perf_counter(), PeakMemory()
     run = Run(seed=seed, show=show, on_warning=on_warning)
+    dense, pruned = open_bundle(teacher), open_bundle(student) if student is not None else None
     records, faults = read_records(data)
     if faults.counts:
         run.warn(f"{data}: left out {faults}")
-    dense, pruned = open_bundle(teacher), open_bundle(student) if student is not None else None
     selection = select_records(records, dense, pruned, config, run)
     report = {
         "schema": 1,

@@ -60,7 +60,7 @@ class SentenceTransformers:
             encode,
             [len(text) // 4 for text in texts],  # tokens, roughly: enough to put like with like
             [content_key(text) for text in texts],
-            encoder.get_sentence_embedding_dimension(),
+            encode([0]).shape[1],
             ("embedding", "sentence-transformers", self.model),
             device,
             run,

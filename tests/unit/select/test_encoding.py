@@ -24,7 +24,9 @@ def test_prompt_then_response(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_a_chat_template_is_used(tokenizer: PreTrainedTokenizerBase) -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
     chatty = AutoTokenizer.from_pretrained(TINY, chat_template=template)
     made = encode(Record((("system", "s"), ("user", "ab")), "cd"), chatty, 100)
     assert chatty.decode(made.ids[: made.start]) == "<system>s<user>ab<me>"

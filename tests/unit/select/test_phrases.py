@@ -15,13 +15,20 @@ def test_candidates_lie_between_stop_words_and_punctuation() -> None:
     assert candidates("of the very and") == []
 
 
-
 def test_a_run_of_more_than_three_words_is_no_phrase() -> None:
     assert candidates("green apples fall slowly. red pears") == ["red pears"]
 
 
 def test_key_phrases_by_degree_over_frequency() -> None:
-    found = [["red apple", "tree"], ["red apple", "pear"], ["tree", "pear"], ["rare"], ["common"], ["common"], ["common"]]
+    found = [
+        ["red apple", "tree"],
+        ["red apple", "pear"],
+        ["tree", "pear"],
+        ["rare"],
+        ["common"],
+        ["common"],
+        ["common"],
+    ]
     # red: degree 4 / frequency 2 = 2, apple likewise: 4; tree and pear: 1 each.
     assert key_phrases(found, generic=0.3) == [
         ["red apple", "tree"],
