@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from prune_speed import run_process
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressllm.core.protocols import EMBEDDERS, Embedder
@@ -132,11 +133,19 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "what": "embeddings and divergences given; 50,000 are made by moving vectors of real prompts"}
 
 
-def damage_model_(model: Any, wanted: list[Encoded], others: list[Encoded], fraction: float) -> dict[str, float]:
-    """Zero the block weights that one kind of record uses and the others do not. Changes the model in place.
+def damage_model_(model: Any, ratio: dict[str, Tensor], fraction: float) -> None:
+    """Zero that fraction of the linears' weights, those with the largest ratio. Changes the model in place."""
+    everything = torch.cat([one.flatten() for one in ratio.values()])
+    limit = everything.kthvalue(math.ceil((1 - fraction) * everything.numel())).values
+    for name, module in model.named_modules():
+        if name in ratio:
+            module.weight.data[ratio[name] > limit] = 0
 
-    A weight's use is its empirical Fisher information times its square, which estimates what the loss rises without
-    it; those with the largest ratio of use by the wanted records to use by the others go.
+
+def use_ratio(model: Any, wanted: list[Encoded], others: list[Encoded]) -> dict[str, Tensor]:
+    """For each block weight, how much more one kind of record uses it than the others do.
+
+    A weight's use is its empirical Fisher information: times its square that estimates what the loss rises without it.
     """
     linears = {
         name: module.weight
@@ -149,7 +158,7 @@ def damage_model_(model: Any, wanted: list[Encoded], others: list[Encoded], frac
 
     def fisher(records: list[Encoded]) -> dict[str, Tensor]:
         sums = {name: torch.zeros_like(weight) for name, weight in linears.items()}
-        for one in records:
+        for done, one in enumerate(records):
             ids = torch.tensor([one.ids])
             target = ids.clone()
             target[:, : one.start] = -100
@@ -157,19 +166,16 @@ def damage_model_(model: Any, wanted: list[Encoded], others: list[Encoded], frac
             for name, weight in linears.items():
                 sums[name].addcmul_(weight.grad, weight.grad, value=1 / len(records))
                 weight.grad = None
+            print(f"{done + 1} of {len(records)} gradients", flush=True)
         return sums
 
     mine, theirs = fisher(wanted), fisher(others)
-    ratio = {name: mine[name] / (theirs[name] + theirs[name].mean()) for name in linears}
-    everything = torch.cat([one.flatten() for one in ratio.values()])
-    limit = everything.kthvalue(math.ceil((1 - fraction) * everything.numel())).values
-    removed = 0
-    for name, weight in linears.items():
-        gone = ratio[name] > limit
-        removed += int(gone.sum())
-        weight.data[gone] = 0
-        weight.requires_grad_(False)
-    return {"fraction_zeroed": removed / everything.numel()}
+    model.requires_grad_(False)
+    # Of the weights that matter to the wanted records, those that matter least to the others.
+    return {
+        name: (mine[name] * weight.detach() ** 2) / (theirs[name] + theirs[name].mean())
+        for name, weight in linears.items()
+    }
 
 
 def damage(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,17 +188,18 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     data = folder / "records.jsonl"
     data.write_text("".join(json.dumps(records[one].row) + "\n" for one in sorted(pool)))
     bundle = open_bundle(options.model)
-    student, made = folder / "damaged", {}
+    student = folder / f"damaged-{options.fraction:g}"
     if not (student / "config.json").exists():
-        encoded: dict[bool, list[Encoded]] = {True: [], False: []}
-        for one in rest:
-            kind = encoded[records[one].row["capability"] == options.capability]
-            if len(kind) < options.examples:
-                kind.append(encode(records[one], bundle.tokenizer, 256))
         model = bundle.live(torch.float32)
-        begun = time.perf_counter()
-        made = damage_model_(model, encoded[True], encoded[False], options.fraction)
-        print(f"damaged in {time.perf_counter() - begun:.0f} s", made, flush=True)
+        ratios = folder / f"ratio-{options.capability}-{options.examples}.safetensors"
+        if not ratios.exists():
+            kinds: dict[bool, list[Encoded]] = {True: [], False: []}
+            for one in rest:
+                kind = kinds[records[one].row["capability"] == options.capability]
+                if len(kind) < options.examples:
+                    kind.append(encode(records[one], bundle.tokenizer, 192))
+            save_file(use_ratio(model, kinds[True], kinds[False]), ratios)
+        damage_model_(model, load_file(ratios), options.fraction)
         model.to(torch.bfloat16).save_pretrained(student)
         bundle.tokenizer.save_pretrained(student)
     shares = {}
@@ -214,7 +221,7 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "capability": options.capability,
         "examples": options.examples,
-        **made,
+        "fraction_zeroed": options.fraction,
         "records": len(usable),
         "of_capability": dict(Counter(row["capability"] for row in usable)),
         "divergence_by_capability": by_capability(data, options, student),
@@ -242,9 +249,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--capability", default="code")
-    parser.add_argument("--examples", type=int, default=32, help="records of either kind that choose what to damage")
-    parser.add_argument("--fraction", type=float, default=2e-4, help="of the weights of all linears, set to zero")
-    parser.add_argument("--size", type=int, default=500, help="records to choose from")
+    parser.add_argument("--examples", type=int, default=16, help="records of either kind that choose what to damage")
+    parser.add_argument("--fraction", type=float, default=1e-3, help="of the weights of all linears, set to zero")
+    parser.add_argument("--size", type=int, default=200, help="records to choose from")
     parser.add_argument("--folder", type=Path, help="scratch folder")
     options = parser.parse_args()
     if options.part == "one-size":

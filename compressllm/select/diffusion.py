@@ -34,13 +34,13 @@ class DiffusionMap:
     vectors: Array
 
     def coordinates(self, vectors: Array, time: float) -> Array:
-        """(m, c) of unit rows: the leading eigenvectors at some points, each times its eigenvalue to ``time``.
+        """(m, c) of unit rows: the eigenvectors at some points, each times its eigenvalue to the power of ``time``.
 
         Without the unit rows a few dozen near-equal texts lie so far from all others that they are what is divided.
 
         Source: Ng, Jordan and Weiss, On spectral clustering, NeurIPS 2001, step 4.
         """
-        scaled = vectors * np.clip(self.eigenvalues[: vectors.shape[1]], 0, None) ** time
+        scaled = vectors * np.clip(self.eigenvalues[:-1], 0, None) ** time
         unit: Array = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
         return unit
 
