@@ -109,7 +109,7 @@ class FakePool:
 
 def one_size(options: argparse.Namespace) -> None:
     """In a process of its own: the whole choice of one size, models left out."""
-    records = read_records(options.data)[0]
+    records = read_records(options.data)[0][: options.size]
     pool = FakePool(records, vectors(records, "minilm"), options.size)
     del records
     begun = time.perf_counter()
@@ -122,14 +122,17 @@ def one_size(options: argparse.Namespace) -> None:
 
 
 def scale(options: argparse.Namespace) -> dict[str, Any]:
-    rows = []
     vectors(read_records(options.data)[0], "minilm")  # into the cache
-    for size in (1000, 5000, 20_000, 50_000):
+    before = json.loads(RESULT.read_text()).get("scale", {}).get("rows", []) if RESULT.exists() else []
+    rows = [row for row in before if row["records"] not in options.sizes]
+    for size in options.sizes:
         command = [sys.executable, __file__, "one-size", "--data", str(options.data), "--size", str(size)]
         process_seconds, peak, text = run_process(command)
         row = {"records": size, **json.loads(text), "process_seconds": process_seconds, "peak_bytes": peak}
+        row["loadavg"] = os.getloadavg()[0]
         print(row, flush=True)
         rows.append(row)
+    rows.sort(key=lambda row: row["records"])
     return {"rows": rows, "what": "embeddings and divergences given; 50,000 are made by moving vectors of real prompts"}
 
 
@@ -251,6 +254,8 @@ def main() -> None:
     parser.add_argument("--capability", default="code")
     parser.add_argument("--examples", type=int, default=16, help="records of either kind that choose what to damage")
     parser.add_argument("--fraction", type=float, default=1e-3, help="of the weights of all linears, set to zero")
+    sizes = "1000,5000,20000,50000"
+    parser.add_argument("--sizes", type=lambda text: [int(one) for one in text.split(",")], default=sizes)
     parser.add_argument("--size", type=int, default=200, help="records to choose from")
     parser.add_argument("--folder", type=Path, help="scratch folder")
     options = parser.parse_args()

@@ -46,8 +46,8 @@ class Clustering:
         neighbors: Edges of a point in the graph.
         fewest: Least number of clusters.
         most: Largest number of clusters.
-        time: Steps of the random walk that the diffusion map is of. They, not a cut, say how far the lesser eigenvectors
-            count: K - 1 of them, as is usual, make worse clusters of real prompts. From 4 to 16 little changes.
+        time: Steps of the random walk that the diffusion map is of. They, and no cut, say how far the lesser
+            eigenvectors count: the usual K - 1 make worse clusters of real prompts. From 4 to 16 little changes.
         landmarks: Points the graph is built on, drawn at random if there are more; the others take their places
             among the landmarks' from their neighbours, so that time and memory are linear in their number.
     """

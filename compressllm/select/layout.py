@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def flat_map(coordinates: Tensor, seed: int, most: int = 1500) -> tuple[Tensor, Tensor]:
+def flat_map(coordinates: Tensor, seed: int, most: int = 1000) -> tuple[Tensor, Tensor]:
     """Some points and their places on a map: (m,) int64 indices and (m, 2) float32 in [0, 1].
 
     Near points stay near; how far apart far ones are says little.
@@ -18,6 +18,8 @@ def flat_map(coordinates: Tensor, seed: int, most: int = 1500) -> tuple[Tensor, 
     drawn = torch.randperm(len(coordinates), generator=torch.Generator().manual_seed(seed))[:most].sort().values
     points = coordinates[drawn]
     near = min(30.0, (len(points) - 1) / 3)
-    flat = torch.from_numpy(TSNE(perplexity=near, init="pca", random_state=seed).fit_transform(points.numpy()))
+    flat = torch.from_numpy(
+        TSNE(perplexity=near, init="pca", max_iter=500, random_state=seed).fit_transform(points.numpy())
+    )
     low, high = flat.amin(dim=0), flat.amax(dim=0)
     return drawn, ((flat - low) / (high - low).clamp_min(1e-9)).float()
