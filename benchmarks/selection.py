@@ -1,7 +1,7 @@
 """What PASER's choice of recovery data does, and what it costs.
 
     python benchmarks/selection.py agreement --data INSTRUCT.jsonl.gz
-    python benchmarks/selection.py scale --data INSTRUCT.jsonl.gz
+    python benchmarks/selection.py scale --data INSTRUCT.jsonl.gz --folder SCRATCH
     python benchmarks/selection.py damage --data INSTRUCT.jsonl.gz --model demo --capability code --folder SCRATCH
 
 `agreement`: how well clusters of prompts agree with labels they were not shown, beside K-means on the embeddings
@@ -42,6 +42,7 @@ from compressllm.select.records import Record, read_records
 from compressllm.stages.environment import environment
 from compressllm.stages.selection import select_file
 
+SETTINGS: dict[str, Any] = {"budget": 0.2, "dtype": "float32"}
 RESULT = Path(__file__).parent / "results" / "select.json"
 
 
@@ -110,8 +111,9 @@ class FakePool:
 def one_size(options: argparse.Namespace) -> None:
     """In a process of its own: the whole choice of one size, models left out."""
     records = read_records(options.data)[0][: options.size]
-    pool = FakePool(records, vectors(records, "minilm"), options.size)
-    del records
+    points = load_file(options.folder / "points.safetensors")["points"][: options.size]
+    pool = FakePool(records, points, options.size)
+    del records, points
     begun = time.perf_counter()
     chosen = Paser().select(pool, options.size // 5, Run())
     seconds = time.perf_counter() - begun
@@ -122,11 +124,15 @@ def one_size(options: argparse.Namespace) -> None:
 
 
 def scale(options: argparse.Namespace) -> dict[str, Any]:
-    vectors(read_records(options.data)[0], "minilm")  # into the cache
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.folder / "points.safetensors").exists():
+        points = vectors(read_records(options.data)[0], "minilm")
+        save_file({"points": points}, options.folder / "points.safetensors")
     before = json.loads(RESULT.read_text()).get("scale", {}).get("rows", []) if RESULT.exists() else []
     rows = [row for row in before if row["records"] not in options.sizes]
     for size in options.sizes:
         command = [sys.executable, __file__, "one-size", "--data", str(options.data), "--size", str(size)]
+        command += ["--folder", str(options.folder)]
         process_seconds, peak, text = run_process(command)
         row = {"records": size, **json.loads(text), "process_seconds": process_seconds, "peak_bytes": peak}
         row["loadavg"] = os.getloadavg()[0]
@@ -187,7 +193,14 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     records = read_records(options.data)[0]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    pool, rest = order[: options.size], order[options.size :]
+    pool: list[int] = []
+    taken: Counter[str] = Counter()
+    for one in order:  # as many of each label
+        taken[label := records[one].row["capability"]] += 1
+        if taken[label] <= options.each:
+            pool.append(one)
+    inside = set(pool)
+    rest = [one for one in order if one not in inside]
     data = folder / "records.jsonl"
     data.write_text("".join(json.dumps(records[one].row) + "\n" for one in sorted(pool)))
     bundle = open_bundle(options.model)
@@ -210,7 +223,9 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
         out = folder / f"{share}.jsonl"
         for path in (out, out.with_suffix(".report.json")):
             path.unlink(missing_ok=True)
-        config = SelectConfig(method={"paser": {"share": share, "oversample": 0.0}}, budget=0.2, dtype="float32")
+        config = SelectConfig(
+            method={"paser": {"share": share, "oversample": 0.0}}, **SETTINGS, max_tokens=options.max_tokens
+        )
         report = select_file(data, out, options.model, str(student), config, seed=0)
         report.pop("environment")
         chosen = [json.loads(line) for line in out.read_text().splitlines()]
@@ -237,7 +252,7 @@ def by_capability(data: Path, options: argparse.Namespace, student: Path) -> dic
     from compressllm.select.pool import Pool
 
     records = read_records(data)[0]
-    config = SelectConfig(dtype="float32")
+    config = SelectConfig(**SETTINGS, max_tokens=options.max_tokens)
     pool = Pool(records, open_bundle(options.model), open_bundle(str(student)), config, Run())
     divergence = pool.divergence(range(len(records)))[:, 0]
     sums: dict[str, list[float]] = {}
@@ -256,7 +271,9 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1e-3, help="of the weights of all linears, set to zero")
     sizes = "1000,5000,20000,50000"
     parser.add_argument("--sizes", type=lambda text: [int(one) for one in text.split(",")], default=sizes)
-    parser.add_argument("--size", type=int, default=200, help="records to choose from")
+    parser.add_argument("--each", type=int, default=13, help="records of each label to choose from")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of a record")
+    parser.add_argument("--size", type=int, help="records of one process of the scale")
     parser.add_argument("--folder", type=Path, help="scratch folder")
     options = parser.parse_args()
     if options.part == "one-size":

@@ -17,6 +17,8 @@ from compressllm.select.neighbours import affinity, nearest, own_scale
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+# Eigenvectors that a map has at least. What it is divided into is another question.
+_VECTORS: Final = 29
 #: Records per cluster below which there is nothing to learn from a finer division.
 _FEWEST: Final = 10
 # Gaps at least this near to the largest are taken for equal to it.
@@ -71,7 +73,7 @@ class Clustering:
         found, distances = nearest(marks, marks, k, run, "neighbours", same=True)
         scale = own_scale(distances)
         graph = affinity(found, distances, scale)
-        walk = diffusion_map(graph, most - 1, seed)
+        walk = diffusion_map(graph, min(max(_VECTORS, most - 1), len(marks) // 2), seed)
         count, notes = _choose_count(walk.eigenvalues, graph, min(self.fewest, most), most, seed)
         coordinates = walk.coordinates(walk.vectors, self.time)
         means = KMeans(count, n_init=10, random_state=seed).fit(coordinates)

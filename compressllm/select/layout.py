@@ -14,12 +14,13 @@ def flat_map(coordinates: Tensor, seed: int, most: int = 1000) -> tuple[Tensor, 
     Source: van der Maaten and Hinton, t-SNE, 2008.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     drawn = torch.randperm(len(coordinates), generator=torch.Generator().manual_seed(seed))[:most].sort().values
     points = coordinates[drawn]
     near = min(30.0, (len(points) - 1) / 3)
-    flat = torch.from_numpy(
-        TSNE(perplexity=near, init="pca", max_iter=500, random_state=seed).fit_transform(points.numpy())
-    )
+    embedding = TSNE(perplexity=near, init="pca", max_iter=500, random_state=seed)
+    with threadpool_limits(1):  # its threads mostly wait for each other, and long where other work goes on
+        flat = torch.from_numpy(embedding.fit_transform(points.numpy()))
     low, high = flat.amin(dim=0), flat.amax(dim=0)
     return drawn, ((flat - low) / (high - low).clamp_min(1e-9)).float()
