@@ -201,7 +201,7 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
             pool.append(one)
     inside = set(pool)
     rest = [one for one in order if one not in inside]
-    data = folder / "records.jsonl"
+    data = folder / "pool.jsonl"
     data.write_text("".join(json.dumps(records[one].row) + "\n" for one in sorted(pool)))
     bundle = open_bundle(options.model)
     student = folder / f"damaged-{options.fraction:g}"

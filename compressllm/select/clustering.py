@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Eigenvectors that a map has at least. What it is divided into is another question.
 _VECTORS: Final = 29
+# Points whose affinities are factored; more take long and say the same.
+_FACTORED: Final = 5000
 #: Records per cluster below which there is nothing to learn from a finer division.
 _FEWEST: Final = 10
 # Gaps at least this near to the largest are taken for equal to it.
@@ -114,12 +116,15 @@ def _choose_count(
 
 
 def _factor_errors(graph: csr_array, counts: list[int], seed: int) -> dict[int, float]:
-    """Relative error ||A - W H|| / ||A|| of the affinities' non-negative factorisation of each rank."""
+    """Relative error ||A - W H|| / ||A|| of some of the affinities' non-negative factorisation of each rank."""
     import warnings
 
     from sklearn.decomposition import NMF
     from sklearn.exceptions import ConvergenceWarning
 
+    if graph.shape[0] > _FACTORED:
+        drawn = np.sort(np.random.default_rng(seed).choice(graph.shape[0], _FACTORED, replace=False))
+        graph = graph[drawn][:, drawn]
     norm = float(np.sqrt(graph.power(2).sum()))
     errors = {}
     for count in counts:
