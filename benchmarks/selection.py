@@ -268,10 +268,10 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--capability", default="code")
     parser.add_argument("--examples", type=int, default=16, help="records of either kind that choose what to damage")
-    parser.add_argument("--fraction", type=float, default=1e-3, help="of the weights of all linears, set to zero")
+    parser.add_argument("--fraction", type=float, default=1.9e-6, help="of the weights of all linears, set to zero")
     sizes = "1000,5000,20000,50000"
     parser.add_argument("--sizes", type=lambda text: [int(one) for one in text.split(",")], default=sizes)
-    parser.add_argument("--each", type=int, default=13, help="records of each label to choose from")
+    parser.add_argument("--each", type=int, default=6, help="records of each label to choose from")
     parser.add_argument("--max-tokens", type=int, default=128, help="of a record")
     parser.add_argument("--size", type=int, help="records of one process of the scale")
     parser.add_argument("--folder", type=Path, help="scratch folder")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Eigenvectors that a map has at least. What it is divided into is another question.
 _VECTORS: Final = 29
-# Points whose affinities are factored; more take long and say the same.
+# Points whose affinities are factored; more take longer than all the rest.
 _FACTORED: Final = 5000
 #: Records per cluster below which there is nothing to learn from a finer division.
 _FEWEST: Final = 10
