@@ -23,6 +23,7 @@ from compressllm.cli import (
     recipe,
     recover,
     run,
+    select,
     soup,
     sweep,
 )
@@ -46,6 +47,7 @@ app.command()(recover.recover)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command(name="merge-lora")(mergelora.merge_lora)
+app.command()(select.select)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

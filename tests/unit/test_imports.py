@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "recover", "export", "eval"}
+METHODS = {"prune", "recover", "export", "eval", "select"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -21,7 +21,19 @@ MAY_IMPORT = {
     "recover": {"calibration", "models", "core", "compressllm"},
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
-    "stages": {"prune", "recover", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "select": {"calibration", "models", "core"},
+    "stages": {
+        "prune",
+        "recover",
+        "export",
+        "eval",
+        "select",
+        "kernels",
+        "calibration",
+        "models",
+        "core",
+        "compressllm",
+    },
     "bench": {"stages", "eval", "kernels", "models", "core"},
     "cli": {
         "bench",
@@ -30,6 +42,7 @@ MAY_IMPORT = {
         "recover",
         "export",
         "eval",
+        "select",
         "kernels",
         "calibration",
         "models",
