@@ -14,7 +14,7 @@ from torch import Tensor
 from compressllm.core.errors import RecipeError
 from compressllm.core.protocols import EMBEDDERS
 from compressllm.core.run import Run
-from compressllm.models.loading import quiet_transformers
+from compressllm.models.resolve import quiet_transformers
 from compressllm.models.shards import file_sha256
 from compressllm.select.meanpool import TextEncoder
 
