@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "eval": {"calibration", "models", "core"},
     "stages": {"prune", "recover", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
     "bench": {"stages", "eval", "kernels", "models", "core"},
+    "report": {"bench", "stages", "eval", "core"},
     "cli": {
+        "report",
         "bench",
         "stages",
         "prune",
