@@ -72,7 +72,9 @@ def compare(
 
 
 def _print(comparison: Comparison) -> None:
-    table = Table("", "perplexity", "change", f"{comparison.confidence:.0%} bounds", "sparsity", "weights", "time", box=None)
+    table = Table(
+        "", "perplexity", "change", f"{comparison.confidence:.0%} bounds", "sparsity", "weights", "time", box=None
+    )
     for line in comparison.lines:
         facts = line.facts
         table.add_row(

@@ -99,12 +99,12 @@ def read_contender(name: str) -> Contender:
         return Contender(name, [one for one in metrics if "perplexity" in one], facts)
     try:
         found = json.loads(path.read_text())
-        measured = found["measurements"] if "measurements" in found else [found]
+        measured = found.get("measurements", [found])
         if not all(float(one["perplexity"]) > 0 for one in measured):
             raise ValueError("a perplexity is not positive")
     except OSError as error:
         raise FormatError(f"{name}: cannot be read: {error.strerror}; give a run folder or a JSON file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{name}: holds no perplexity ({error}); make it with compressllm eval --json") from None
     return Contender(name, measured, {})
 
@@ -154,7 +154,9 @@ def _verdict(rise: Rise, allowed: float) -> str:
 def _common_base(contenders: Sequence[Contender]) -> Mapping[str, Any]:
     for contender in contenders:
         if not contender.measured:
-            raise RecipeError(f"{contender.name}: holds no perplexity; add an eval stage, or give compressllm eval --json")
+            raise RecipeError(
+                f"{contender.name}: holds no perplexity; add an eval stage, or give compressllm eval --json"
+            )
     first, *others = contenders
     for base in reversed(first.measured):
         if all(any(comparable(base, one) for one in other.measured) for other in others):

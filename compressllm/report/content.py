@@ -55,7 +55,9 @@ def _sweep(sweep: Mapping[str, Any]) -> Section:
 def _bench(name: str, bench: Mapping[str, Any]) -> Section:
     rows: Sequence[Mapping[str, Any]] = [*bench["rows"], *bench.get("dense", [])]
     keys = [key for key, value in rows[0].items() if isinstance(value, int | float | str)]
-    table = Table(f"Rows of {name}", [key.replace("_", " ") for key in keys], [[number(r.get(k)) for k in keys] for r in rows])
+    table = Table(
+        f"Rows of {name}", [key.replace("_", " ") for key in keys], [[number(r.get(k)) for k in keys] for r in rows]
+    )
     pictures = []
     if "decode_tokens_per_second" in rows[0]:
         bars = []

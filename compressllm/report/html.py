@@ -75,14 +75,12 @@ def _section(section: Section) -> str:
 def _picture(picture: Picture) -> str:
     # What scrolls takes the keyboard's focus, or it could be scrolled by pointer only.
     attributes = ' class="wide" tabindex="0"' if picture.wide else ""
-    return f"<figure{attributes} style=\"margin:0\">{picture.svg}</figure>\n"
+    return f'<figure{attributes} style="margin:0">{picture.svg}</figure>\n'
 
 
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(word)}</th>' for word in table.header)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(word)}</td>" for word in row) + "</tr>" for row in table.rows
-    )
+    rows = "\n".join("<tr>" + "".join(f"<td>{escape(word)}</td>" for word in row) + "</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption and not table.folded else ""
     label = escape(table.caption or "table")
     whole = (
