@@ -31,7 +31,7 @@ def compare(
 ) -> None:
     """Put runs side by side, and fail if perplexity rose beyond chance and what is allowed."""
     from compressllm.eval.gate import parse_increase
-    from compressllm.report.ci import annotations, sentence, to_junit
+    from compressllm.report.ci import github_lines, sentence, to_junit
     from compressllm.report.compare import compare as compare_all
     from compressllm.report.compare import read_contender
 
@@ -61,7 +61,7 @@ def compare(
     if junit:
         junit.write_text(to_junit(comparison))
     if os.environ.get("GITHUB_ACTIONS") == "true" if annotate is None else annotate:
-        for line in annotations(comparison):
+        for line in github_lines(comparison):
             typer.echo(line, err=True)
     if allowed is not None:
         for line in comparison.lines[1:]:

@@ -30,7 +30,7 @@ def to_junit(comparison: Comparison) -> str:
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def annotations(comparison: Comparison) -> list[str]:
+def github_lines(comparison: Comparison) -> list[str]:
     """Lines that a GitHub workflow shows beside its run: errors, and what is over the limit but within noise."""
     marked = {"failed": "error", "within noise": "warning"}
     lines = [

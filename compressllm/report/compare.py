@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def _verdict(rise: Rise, allowed: float) -> str:
     return "within noise" if rise.value > allowed else "passed"
 
 
-def _common_base(contenders: Sequence[Contender]) -> Mapping[str, Any]:
+def _common_base(contenders: Sequence[Contender]) -> dict[str, Any]:
     for contender in contenders:
         if not contender.measured:
             raise RecipeError(

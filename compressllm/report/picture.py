@@ -12,6 +12,7 @@ from compressllm.stages.svg import line, text
 _WIDTH: Final = 360
 _LEFT: Final = 52
 _RIGHT: Final = 12
+_SLANT: Final = 46  # that the last slanted label of a heat map reaches beyond its column
 
 #: Curves are told apart by dashes as well as by colour.
 _DASHES: Final = ("", "6 3", "2 3", "9 3 2 3")
@@ -79,7 +80,7 @@ def heat_svg(cells: Mapping[tuple[int, str], float], title: str) -> str:
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells})
     low, high = min(cells.values()), max(cells.values())
-    top, row, column = 88, max(7.0, min(18.0, 480 / len(blocks))), (_WIDTH - 34 - _RIGHT) / len(kinds)
+    top, row, column = 88, max(7.0, min(18.0, 480 / len(blocks))), (_WIDTH - 34 - _SLANT) / len(kinds)
     height = round(top + row * len(blocks) + 26)
     parts = begin(height, title)
     for place, kind in enumerate(kinds):

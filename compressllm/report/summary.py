@@ -47,7 +47,9 @@ def _cards(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     measured = [one for one in metrics if "perplexity" in one]
     if measured:
         before = _comparable_first(measured)
-        cards.append(("Perplexity", arrow(before and number(before["perplexity"]), number(measured[-1]["perplexity"]))))
+        cards.append(
+            ("Perplexity", arrow(number(before["perplexity"]) if before else None, number(measured[-1]["perplexity"])))
+        )
         if before:
             cards.append(("Change in perplexity", f"{measured[-1]['perplexity'] / before['perplexity'] - 1:+.2%}"))
     sparse = [one["sparsity"] for one in metrics if "sparsity" in one]

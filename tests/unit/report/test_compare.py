@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compressllm.core.errors import CompressError
-from compressllm.report.ci import annotations, sentence, to_junit
+from compressllm.report.ci import github_lines, sentence, to_junit
 from compressllm.report.compare import Contender, compare, read_contender
 
 WINDOWS = list(2.0 + 0.4 * np.random.default_rng(0).standard_normal(40))
@@ -107,7 +107,7 @@ def test_junit_is_read_by_an_xml_parser(measured):
 def test_annotations_are_one_escaped_line_each(measured):
     contenders = [measured("a"), measured("fine"), measured("noisy", 0.03, 0.2), measured("two\nlines", 0.05)]
     found = compare(contenders, allowed=0.02)
-    warning, error = annotations(found)
+    warning, error = github_lines(found)
     assert warning.startswith("::warning title=perplexity within noise::noisy: ")
     assert error.startswith("::error title=perplexity failed::two%0Alines: ")
     assert "+5.00%25" in error
