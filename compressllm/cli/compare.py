@@ -61,8 +61,8 @@ def compare(
     if junit:
         junit.write_text(to_junit(comparison))
     if os.environ.get("GITHUB_ACTIONS") == "true" if annotate is None else annotate:
-        for line in github_lines(comparison):
-            typer.echo(line, err=True)
+        for note in github_lines(comparison):
+            typer.echo(note, err=True)
     if allowed is not None:
         for line in comparison.lines[1:]:
             style = {"failed": "bold red", "passed": "green"}.get(line.verdict or "", "yellow")

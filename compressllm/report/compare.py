@@ -158,6 +158,7 @@ def _common_base(contenders: Sequence[Contender]) -> dict[str, Any]:
                 f"{contender.name}: holds no perplexity; add an eval stage, or give compressllm eval --json"
             )
     first, *others = contenders
+    base: dict[str, Any]
     for base in reversed(first.measured):
         if all(any(comparable(base, one) for one in other.measured) for other in others):
             return base

@@ -23,7 +23,7 @@ _PAGE: Final = """
   a { color: var(--line); }
   nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; }
   :focus-visible { outline: 3px solid var(--line); outline-offset: 2px; }
-  .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+  .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1rem 0; }
   .cards div { background: var(--card); border: 1px solid var(--faint); border-radius: .5rem; padding: .6rem .8rem; }
   .cards dt { color: var(--quiet); font-size: .875rem; }
   .cards dd { margin: 0; font-size: 1.125rem; font-weight: 600; font-variant-numeric: tabular-nums; }
