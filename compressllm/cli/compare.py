@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from compressllm.cli.arguments import AsJson
@@ -78,7 +79,7 @@ def _print(comparison: Comparison) -> None:
     for line in comparison.lines:
         facts = line.facts
         table.add_row(
-            line.name,
+            escape(line.name),
             f"{line.perplexity:.4f}",
             f"{line.rise.value:+.2%}" if line.rise else "",
             f"{line.rise.low:+.2%} to {line.rise.high:+.2%}" if line.rise and line.paired else "",
@@ -87,4 +88,4 @@ def _print(comparison: Comparison) -> None:
             seconds_text(facts["seconds"]) if "seconds" in facts else "",
         )
     results.print(table)
-    results.print(f"perplexity: {comparison.protocol}", soft_wrap=True)
+    results.print(f"perplexity: {comparison.protocol}", soft_wrap=True, markup=False)

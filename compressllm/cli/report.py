@@ -29,4 +29,4 @@ def report(
     for path, text in ((html, to_html), (md, to_markdown)):
         if path:
             path.write_text(text(title, sections))
-            results.print(str(path), soft_wrap=True)
+            results.print(str(path), soft_wrap=True, markup=False)

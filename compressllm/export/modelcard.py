@@ -57,14 +57,17 @@ def write_card(folder: Path, facts: Facts, ratio: float, run: Mapping[str, Any] 
 
 
 def run_of(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run a model folder lies in, its own or one of its stages'; None if it lies in none."""
-    for path in (folder.parent / "manifest.json", folder.parent.parent / "manifest.json"):
+    """The manifest of the run that left a model folder, up to the stage after it; None if none did."""
+    for root in (folder.parent, folder.parent.parent):  # of the run's own model, of one of its stages
         try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError):
+            manifest: dict[str, Any] = json.loads((root / "manifest.json").read_text())
+            models = [stage["model"] for stage in manifest["stages"]]
+        except (OSError, ValueError, KeyError, TypeError):  # none there, or of something else
             continue
-        if isinstance(manifest, dict) and "model" in manifest and isinstance(manifest.get("stages"), list):
-            return manifest
+        left = [at for at, model in enumerate(models) if model and (root / model).resolve() == folder.resolve()]
+        if left:
+            later = (at for at in range(left[-1] + 1, len(models)) if models[at])
+            return manifest | {"stages": manifest["stages"][: next(later, len(models))]}
     return None
 
 

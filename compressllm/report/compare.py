@@ -131,9 +131,10 @@ def compare(contenders: Sequence[Contender], allowed: float | None = None, confi
         warnings.append(f"{base['windows']} windows are few to tell chance by; measure {_FEW_WINDOWS} or more")
     for contender in contenders[1:]:
         measured = next(one for one in reversed(contender.measured) if comparable(base, one))
-        paired = bool(base.get("window_nll")) and bool(measured.get("window_nll"))
+        before, after = base.get("window_nll") or [], measured.get("window_nll") or []
+        paired = len(before) == len(after) > 0
         if paired:
-            rise = paired_rise(base["window_nll"], measured["window_nll"], confidence)
+            rise = paired_rise(before, after, confidence)
         else:
             rise = Rise(*[measured["perplexity"] / base["perplexity"] - 1.0] * 3)
             warnings.append(
@@ -146,7 +147,7 @@ def compare(contenders: Sequence[Contender], allowed: float | None = None, confi
 
 
 def _verdict(rise: Rise, allowed: float) -> str:
-    if rise.low > allowed:
+    if not rise.low <= allowed:  # so that nan, of two ruined models, fails
         return "failed"
     return "within noise" if rise.value > allowed else "passed"
 

@@ -28,7 +28,7 @@ def sections_of(record: RunRecord) -> list[Section]:
         found.append(_sweep(record.sweep))
     found += layer_sections(record.stages)
     found += [training_section(at + 1, record.stages[at], rows) for at, rows in record.training.items() if rows]
-    found += [_bench(name, bench) for name, bench in record.benches.items() if bench["rows"]]
+    found += [_bench(name, bench) for name, bench in record.benches.items()]
     found += [_selection(name, selection) for name, selection in record.selections.items()]
     if warnings := [f"{stage['stage']}: {one}" for stage in record.stages for one in stage["warnings"]]:
         found.append(Section("Warnings", tables=[Table("What was warned of", ("warning",), [(w,) for w in warnings])]))
@@ -54,9 +54,9 @@ def _sweep(sweep: Mapping[str, Any]) -> Section:
 
 def _bench(name: str, bench: Mapping[str, Any]) -> Section:
     rows: Sequence[Mapping[str, Any]] = [*bench["rows"], *bench.get("dense", [])]
-    keys = [key for key, value in rows[0].items() if isinstance(value, int | float | str)]
+    keys = [key for key, value in rows[0].items() if isinstance(value, int | float | str | list)]
     table = Table(
-        f"Rows of {name}", [key.replace("_", " ") for key in keys], [[number(r.get(k)) for k in keys] for r in rows]
+        f"Rows of {name}", [key.replace("_", " ") for key in keys], [[_listed(r.get(k)) for k in keys] for r in rows]
     )
     pictures = []
     if "decode_tokens_per_second" in rows[0]:
@@ -73,7 +73,7 @@ def _bench(name: str, bench: Mapping[str, Any]) -> Section:
 
 def _selection(name: str, selection: Mapping[str, Any]) -> Section:
     clusters = selection["clusters"]
-    keys = [key for key in ("cluster", "records", "budget", "degradation", "phrases") if key in (clusters or [{}])[0]]
+    keys = [key for key in ("cluster", "records", "budget", "degradation", "phrases") if key in clusters[0]]
     rows = [[_listed(cluster.get(key)) for key in keys] for cluster in clusters]
     words = [f"{selection['budget']} records were chosen."] if "budget" in selection else []
     return Section(f"Training records: {name}", words, tables=[Table("Clusters of prompts", keys, rows)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,15 +67,21 @@ def read_run(folder: Path) -> RunRecord:
         recipe=recipe.read_text() if recipe.exists() else None,
         training=dict(_training(folder, manifest["stages"])),
         sweep=sweep,
-        benches={name: found for name, found in others.items() if isinstance(found.get("rows"), list)},
-        selections={name: found for name, found in others.items() if isinstance(found.get("clusters"), list)},
+        benches={name: found for name, found in others.items() if _has_rows(found, "rows")},
+        selections={name: found for name, found in others.items() if _has_rows(found, "clusters")},
     )
 
 
 def _other_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(folder.glob("*.json")):
         if path.name not in {_MANIFEST, _SWEEP}:
-            yield path, _json(path)
+            with contextlib.suppress(RunError):  # it may be anybody's
+                yield path, _json(path)
+
+
+def _has_rows(found: dict[str, Any], key: str) -> bool:
+    rows = found.get(key)
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
 
 
 def _training(folder: Path, stages: list[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

@@ -65,9 +65,12 @@ def test_a_folder_is_no_base_model_and_its_place_is_not_told(tmp_path: Path) -> 
 
 
 def test_the_run_a_folder_lies_in_is_found(tmp_path: Path) -> None:
-    manifest = {"model": "demo", "stages": []}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert run_of(tmp_path / "model") == manifest
-    assert run_of(tmp_path / "02-prune" / "model") == manifest
-    (tmp_path / "manifest.json").write_text("half of a f")
-    assert run_of(tmp_path / "model") is None
+    """Each model with the stages up to it, and what was measured of it."""
+    stages = [PRUNE | {"model": "01-prune/model"}, EVAL | {"model": None}, PRUNE | {"model": "model"}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"model": "demo", "stages": stages}))
+    assert run_of(tmp_path / "model")["stages"] == stages
+    assert run_of(tmp_path / "01-prune" / "model")["stages"] == stages[:2]
+    assert run_of(tmp_path / "a-model-that-lies-there") is None
+    for other in ("half of a f", "[]", "{}"):
+        (tmp_path / "manifest.json").write_text(other)
+        assert run_of(tmp_path / "model") is None

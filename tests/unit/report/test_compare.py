@@ -43,6 +43,11 @@ def test_without_losses_by_window_the_value_itself_is_judged_and_that_is_said(me
     assert "b: there are no losses by window on both sides" in found.warnings[0]
 
 
+def test_ruined_models_fail(measured):
+    ruined = {"perplexity": float("inf"), "window_nll": None}
+    assert compare([measured("a", **ruined), measured("b", **ruined)], allowed=0.5).lines[1].verdict == "failed"
+
+
 def test_few_windows_are_warned_of(measurement):
     pair = [Contender(name, [measurement([2.0, 2.1])], {}) for name in "ab"]
     assert "2 windows are few" in compare(pair).warnings[0]

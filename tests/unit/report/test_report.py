@@ -114,6 +114,7 @@ def test_sweeps_benches_and_selections_are_shown(run_folder, sweep, tmp_path):
     (run_folder / "chosen.report.json").write_text(
         json.dumps({"clusters": [{"cluster": 0, "records": 9, "phrases": ["sorting", "lists"]}], "budget": 5})
     )
+    (run_folder / "anything.json").write_text("[1, 2]")
     (run_folder / "sweep.json").write_text(json.dumps(sweep))
     words = " ".join(page_of(run_folder)[1].words)
     for wanted in ("Knee by loss: 0.3, 30 % removed", "tokens a second", "sorting, lists", "5 records were chosen"):
