@@ -11,7 +11,7 @@ KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 BLOCKS = 5
 
 
-def make_measurement(window_nll: list[float], **changes) -> dict:
+def make_measurement(window_nll: list[float], /, **changes) -> dict:
     nll = sum(window_nll) / len(window_nll)
     found = {
         "perplexity": math.exp(nll),
