@@ -15,7 +15,7 @@ WINDOWS = list(2.0 + 0.4 * np.random.default_rng(0).standard_normal(40))
 
 @pytest.fixture
 def measured(measurement):
-    """``measured("b", 0.02)``: a contender whose perplexity is so much above the first's, its windows with some noise."""
+    """``measured("b", 0.02)``: a contender whose perplexity is so much above the first's, windows with noise."""
 
     def make(name: str, rise: float = 0.0, noise: float = 0.0, **changes) -> Contender:
         scatter = np.random.default_rng(7).standard_normal(len(WINDOWS))
