@@ -18,9 +18,9 @@ _MOST_ROWS = 60
 
 def training_section(place: int, stage: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Section:
     """What stage number ``place`` wrote while it trained."""
-    losses = [_curve(name, name, rows) for name in _LOSSES]
-    if len([curve for curve in losses if curve]) == 2:  # the sum and its one part
-        losses = losses[1:]
+    whole, *losses = (_curve(name, name, rows) for name in _LOSSES)
+    if whole and all(not part or part.points != whole.points for part in losses):  # not of one part alone
+        losses = [whole, *losses]
     pictures = _picture(losses, "Training loss")
     pictures += _picture([_curve("held_out_nll", "held out", rows)], "Held-out loss, nats a token")
     pictures += _picture([_curve(key, name, rows) for key, name in _FLIPS.items()], "Share of the mask that changed")
