@@ -31,7 +31,7 @@ def sections_of(record: RunRecord) -> list[Section]:
     found += [_bench(name, bench) for name, bench in record.benches.items()]
     found += [_selection(name, selection) for name, selection in record.selections.items()]
     if warnings := [f"{stage['stage']}: {one}" for stage in record.stages for one in stage["warnings"]]:
-        found.append(Section("Warnings", tables=[Table("What was warned of", ("warning",), [(w,) for w in warnings])]))
+        found.append(Section("Warnings", warnings))
     if record.recipe:
         found.append(Section("Recipe", ["Every setting, defaults included."], code=record.recipe))
     return [*found, *_hashes(record.stages), _environment(record.manifest.get("environment", {}))]

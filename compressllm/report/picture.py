@@ -100,7 +100,7 @@ def heat_svg(cells: Mapping[tuple[int, str], float], title: str) -> str:
                 f'height="{row - 1:.1f}" fill-opacity="{strength:.3f}">'
                 f"<title>{escape(f'block {block}, {kind}: {value:.4g}')}</title></rect>"
             )
-    words = f"pale {low:.4g}, full colour {high:.4g}" if high > low else f"{low:.4g} everywhere"
+    words = f"faintest {low:.4g}, strongest {high:.4g}" if high > low else f"{low:.4g} everywhere"
     return "\n".join([*parts, text(34, height - 8, words, "start", "small"), "</svg>"])
 
 

@@ -102,7 +102,7 @@ def test_markdown_has_the_same_tables(run_folder):
     text = to_markdown(report_title(record), sections_of(record))
     assert text.startswith("# compressllm: run\n")
     assert "| prune: wanda (power 0.5), 2:4 | 20 | 50 % |" in text
-    assert "prune: &lt;b>few&lt;/b> tokens &amp; a \\| bar" in text
+    assert "prune: &lt;b>few&lt;/b> tokens &amp; a | bar" in text
     assert "<svg" not in text
     widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("| model.layers.")]
     assert len(set(widths[:20])) == 1
