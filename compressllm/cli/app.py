@@ -11,6 +11,7 @@ import typer
 
 from compressllm.cli import (
     bench,
+    compare,
     evaluate,
     export,
     generate,
@@ -22,6 +23,7 @@ from compressllm.cli import (
     prune,
     recipe,
     recover,
+    report,
     run,
     select,
     soup,
@@ -52,6 +54,8 @@ app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(bench.bench)
+app.command()(report.report)
+app.command()(compare.compare)
 app.command(name="inspect")(inspection.inspect)
 app.command()(inspection.verify)
 app.command(name="list")(listing.list_methods)

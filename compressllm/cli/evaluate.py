@@ -69,6 +69,6 @@ def evaluate(
             style="bold red" if failed else "green",
         )
     if write_baseline:
-        save_baseline(write_baseline, {k: v for k, v in measured.items() if k not in {"baseline", "window_nll"}})
+        save_baseline(write_baseline, {k: v for k, v in measured.items() if k != "baseline"})
     if failed:
         raise typer.Exit(1)

@@ -45,6 +45,8 @@ class Run:
         records: What was logged, one mapping a call.
         warnings: What was warned of; goes into the manifest.
         metrics: The stage's results; go into the manifest.
+        block_seconds: Decoder block -> seconds it took in this process; goes into the manifest, apart from results,
+            which come out the same each time.
         ranks: The processes that share the work.
     """
 
@@ -55,6 +57,7 @@ class Run:
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    block_seconds: dict[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
     def log(self, **facts: Any) -> None:

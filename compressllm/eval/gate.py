@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from compressllm.core.errors import FormatError, RecipeError
-from compressllm.core.run import write_json
 
 #: Two measurements compare only if they agree on all of these.
 _SAME = ("ids_sha256", "seqlen", "windows", "dtype")
 
 
-def parse_increase(text: str) -> float:
+def parse_increase(text: str, option: str = "--max-increase") -> float:
     """``"1%"`` or ``"0.01"`` as a fraction. Raises RecipeError."""
     try:
         value = float(text.rstrip().removesuffix("%")) / (100.0 if text.rstrip().endswith("%") else 1.0)
     except ValueError:
         value = -1.0
     if not 0.0 <= value < 100.0:
-        raise RecipeError(f"--max-increase {text}: give a percentage as in 1%, or a fraction as in 0.01")
+        raise RecipeError(f"{option} {text}: give a percentage as in 1%, or a fraction as in 0.01")
     return value
 
 
 def write_baseline(path: Path, measured: Mapping[str, Any]) -> None:
     """Put a measurement into a baseline file, in the place of an older one of the same text and settings."""
-    kept = [old for old in read_baseline(path) if not _comparable(old, measured)] if path.exists() else []
+    from compressllm.core.run import write_json  # imports torch, which reading does not need
+
+    kept = [old for old in read_baseline(path) if not comparable(old, measured)] if path.exists() else []
     write_json(path, {"version": 1, "measurements": [*kept, dict(measured)]})
 
 
@@ -38,9 +39,9 @@ def find_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = read_baseline(path)
     for old in known:
-        if _comparable(old, measured):
+        if comparable(old, measured):
             return old
-    differ = [key for key in _SAME if known and known[-1].get(key) != measured.get(key)]
+    differ = differences(known[-1], measured) if known else []
     raise RecipeError(
         f"{path}: has no measurement of this text with these settings"
         + (f" ({', '.join(differ)} differ)" if differ else "")
@@ -66,5 +67,11 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         raise FormatError(f"{path}: is not a baseline file ({error}); make it with --write-baseline") from None
 
 
-def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return all(old.get(key) == new.get(key) for key in _SAME)
+def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two perplexities are of the same text, cut up and computed alike."""
+    return not differences(old, new)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps two perplexities from being compared."""
+    return [key for key in _SAME if old.get(key) != new.get(key)]

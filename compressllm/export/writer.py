@@ -23,6 +23,7 @@ from compressllm.core.protocols import FORMATS, Format
 from compressllm.core.registry import build
 from compressllm.core.run import Track, untracked
 from compressllm.export.hf import QUANT_METHOD
+from compressllm.export.modelcard import run_of, write_card
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
 from compressllm.models.facts import Facts, LinearFacts
@@ -118,6 +119,7 @@ def export_model(
         _compare(source, written, sparse, progress)
         facts = facts.model_copy(update={"sha256": {path.name: file_sha256(path) for path in written.files}})
         facts.write(work)
+        write_card(work, facts, exported_sizes(written).ratio, run_of(source.folder))
     return facts
 
 

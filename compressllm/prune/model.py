@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -85,11 +86,14 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         options = replace(options, target=config.reconstruct.target, tapped=tapped(config.reconstruct))
     walked = ids if pruner.needs or config.reconstruct else None
     blocks = walk_blocks(bundle.model, walked, record.weights, options, start=record.done)
+    begun = time.perf_counter()
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
         masks, rows = prune_block(block, plan.patterns, pruner.needs, solve, config.order, record.weights, run)
         if config.reconstruct:
             _reconstruct_block(block, masks, rows, record.weights, config.reconstruct, run)
         record.finish(block.name, masks, rows)
+        run.block_seconds[block.name] = round(time.perf_counter() - begun, 3)
+        begun = time.perf_counter()  # of the next, whose inputs are computed when it is asked for
 
     pruned_bundle = run.ranks.first_then_rest(record.close)
     for row in record.rows:

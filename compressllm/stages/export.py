@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.export.config import ExportConfig
+from compressllm.export.modelcard import CARD, write_card
 from compressllm.export.writer import export_model, exported_sizes
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
@@ -29,3 +34,11 @@ def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
         sparse_ratio=sizes.ratio,
     )
     return bundle_of(checkpoint, bundle.tokenizer, bundle.model)
+
+
+def complete_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the model card of an export again, with what the run's later stages measured; other folders have none."""
+    if (folder / CARD).exists():
+        checkpoint = Checkpoint(folder)
+        if checkpoint.facts:
+            write_card(folder, checkpoint.facts, exported_sizes(checkpoint).ratio, manifest)

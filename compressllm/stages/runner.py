@@ -16,7 +16,8 @@ from compressllm.core.run import Run, Track, untracked
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.facts import read_facts
 from compressllm.stages.environment import PeakMemory
-from compressllm.stages.folder import RunFolder
+from compressllm.stages.export import complete_card
+from compressllm.stages.folder import MODEL, RunFolder
 from compressllm.stages.recipe import Recipe
 from compressllm.stages.stage import STAGES
 
@@ -61,6 +62,7 @@ def run_recipe(
             folder.finish_stage(entry)
         if not folder.manifest["finished"]:
             folder.finish()
+            complete_card(out / MODEL, folder.manifest)
         ranks.exchange(folder.manifest)
         return folder.manifest
 
@@ -136,6 +138,7 @@ def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunF
         "peak_memory_bytes": memory.bytes(),
         "metrics": run.metrics | sizes,
         "linears": run.records,
+        "block_seconds": run.block_seconds,
         "warnings": run.warnings,
         "model": str(model.relative_to(folder.path)) if model else None,
         "sha256": facts.sha256 if facts else {},

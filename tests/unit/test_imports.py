@@ -35,7 +35,9 @@ MAY_IMPORT = {
         "compressllm",
     },
     "bench": {"stages", "eval", "kernels", "models", "core"},
+    "report": {"bench", "stages", "eval", "core"},
     "cli": {
+        "report",
         "bench",
         "stages",
         "prune",
