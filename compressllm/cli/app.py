@@ -20,6 +20,7 @@ from compressllm.cli import (
     mergelora,
     permute,
     prune,
+    quantize,
     recipe,
     recover,
     run,
@@ -43,6 +44,7 @@ app.command()(run.run)
 app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(recover.recover)
+app.command()(quantize.quantize)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command(name="merge-lora")(mergelora.merge_lora)

@@ -14,7 +14,9 @@ from compressllm.cli.output import print_json, results
 def list_methods(
     kind: Annotated[
         str | None,
-        typer.Argument(help="pruners, allocators, adapters, formats, sources, backends; all of them without."),
+        typer.Argument(
+            help="pruners, quantizers, allocators, adapters, formats, sources, backends; all of them without."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

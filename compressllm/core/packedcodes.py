@@ -17,7 +17,7 @@ from compressllm.core.scheme import Scheme
 SCALES = "scales"
 
 #: Dtype of the stored values -> bits of a code; two codes of 4 bits are in one byte.
-_BITS = {torch.int8: 8, torch.float8_e4m3fn: 8, torch.uint8: 4}
+CODE_DTYPES = {torch.int8: 8, torch.float8_e4m3fn: 8, torch.uint8: 4}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -58,7 +58,7 @@ def unpack_codes(name: str, read: Callable[[str], Tensor], keep: Tensor, dtype: 
     Raises: FormatError if values, scales and mask do not agree.
     """
     values, scales = read(f"{name}.values"), read(f"{name}.{SCALES}")
-    (out, columns), bits = keep.shape, _BITS.get(values.dtype)
+    (out, columns), bits = keep.shape, CODE_DTYPES.get(values.dtype)
     if bits is None or tuple(values.shape) != _stored_shape(keep, bits):
         raise FormatError(
             f"{name}: values are {values.dtype} {tuple(values.shape)}, which are not codes of what its bitmask keeps; "

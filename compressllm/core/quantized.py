@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,11 @@ class QuantizedWeight:
         return self.codes.shape
 
     @property
+    def scheme(self) -> Scheme:
+        """What it was rounded to."""
+        return Scheme(self.bits, None if self.group == self.shape[1] else self.group, not self.integer)
+
+    @property
     def integer(self) -> bool:
         """Whether the codes are integers."""
         return self.codes.dtype == torch.int8
@@ -81,6 +87,19 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) weight. In float32 the product is exact for scales that float16 holds, and is rounded once."""
         return dequantize(self.codes, self.scales, self.group).to(dtype or self.computes_in)
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """A quantised weight left on disk.
+
+    Args:
+        scheme: What it was rounded to.
+        read: Gives the weight, read anew at every call.
+    """
+
+    scheme: Scheme
+    read: Callable[[], QuantizedWeight]
 
 
 def dequantize(codes: Tensor, scales: Tensor, group: int) -> Tensor:

@@ -15,7 +15,7 @@ from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import Pruned
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats, Need
-from compressllm.models.record import Rows
+from compressllm.models.journal import Rows
 from compressllm.models.weights import Weights
 from compressllm.prune.dense import check_finite
 from compressllm.prune.sharing import assign_linears, gather_linears_

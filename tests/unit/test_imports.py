@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "recover", "export", "eval"}
+METHODS = {"prune", "recover", "quantize", "export", "eval"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -19,15 +19,28 @@ MAY_IMPORT = {
     "calibration": {"models", "core"},
     "prune": {"calibration", "models", "core"},
     "recover": {"calibration", "models", "core", "compressllm"},
+    "quantize": {"calibration", "models", "core"},
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
-    "stages": {"prune", "recover", "export", "eval", "kernels", "calibration", "models", "core", "compressllm"},
+    "stages": {
+        "prune",
+        "recover",
+        "quantize",
+        "export",
+        "eval",
+        "kernels",
+        "calibration",
+        "models",
+        "core",
+        "compressllm",
+    },
     "bench": {"stages", "eval", "kernels", "models", "core"},
     "cli": {
         "bench",
         "stages",
         "prune",
         "recover",
+        "quantize",
         "export",
         "eval",
         "kernels",
