@@ -67,7 +67,7 @@ class Scheme:
         if self.float8:
             part, exponent = torch.frexp(largest / _LARGEST_FLOAT8)  # part * 2^exponent, 0.5 <= part < 1
             scales = torch.ldexp(torch.ones_like(largest), exponent - (part == 0.5).int())
-            scales = torch.where(largest.isfinite(), scales, largest)
+            scales = torch.where((largest > 0) & largest.isfinite(), scales, largest)
         else:
             scales = largest / LARGEST[self.bits]
         scales = scales.half().float()

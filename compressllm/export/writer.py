@@ -80,11 +80,14 @@ def export_model(
         progress: Shows how far it is.
         max_shard_bytes: Where a weight file is split.
 
-    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, if a mask and its
+    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, or what is to be
+        packed is quantised, if a mask and its
         weight disagree, or if what was read back differs; UnsupportedModelError if the model cannot be built.
     """
     chosen: Format = build(FORMATS, format)
     variant = None if chosen.tensors == ("weight",) else format
+    if variant and source.facts and source.facts.schemes:
+        raise FormatError(f"{source.folder}: is quantised and packed already; to have plain weights, export it dense")
     with _appears_whole(out) as work:
         sparse = _sparse_linears(source, progress)
         if variant and not sparse.masks:

@@ -64,9 +64,9 @@ class QuantizedRecord:
         self._source, self._bundle = bundle.checkpoint, bundle
         if lost := bundle.patterns.keys() - bundle.masks.keys():
             raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
-        linears, names = all_linears(bundle.model), tensor_names(bundle.model, self._source)
+        linears, tensors = all_linears(bundle.model), tensor_names(bundle.model, self._source)
         held = {n: one for n, one in linears.items() if n in names or n in bundle.masks}
-        self._stored = {name: names[f"{name}.weight"].removesuffix(".weight") for name in held}
+        self._stored = {name: tensors[f"{name}.weight"].removesuffix(".weight") for name in held}
         self._masks, patterns = MaskStore(), dict[str, SparsityPattern]()
         for name, stored in self._stored.items():
             dense = name not in bundle.masks

@@ -265,6 +265,8 @@ def test_skipped_linears_stay_as_they_are_and_an_export_is_what_is_computed(
         name = f"model.layers.1.{part}"
         assert name not in made.quantized()
         assert torch.equal(raw(made.checkpoint.read(f"{name}.weight")), raw(before.read(f"{name}.weight")))
+    with pytest.raises(FormatError, match="packed already"):
+        export_model(made.checkpoint, tmp_path / "packed", "packed")
     export_model(made.checkpoint, tmp_path / "dense", "dense")
     dense = Checkpoint(tmp_path / "dense")
     for name in before.specs:
