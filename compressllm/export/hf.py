@@ -91,6 +91,11 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         own = [_of_packed(one, chosen) if _joins_experts(one) else one for one in weight_conversions]
         return own + self.get_weight_conversions()
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """What is decoded here comes as it is stored: codes and scales would lose what they say in another dtype."""
+        ours = any(isinstance(op, Unpack | UnpackExperts) for op in getattr(converter, "operations", ()))
+        return None if ours else super().get_new_dtype(converter, param, dtype)
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Threads that read ahead would hold the whole file beside what is made of it. A load that fails does not come
         # to an end here, but this object does.

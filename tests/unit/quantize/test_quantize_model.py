@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-import compressllm.export.hf  # noqa: F401  # registers our loader
 from compressllm.core.errors import FormatError, RecipeError, RunError
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM
+from compressllm.core.protocols import QUANTIZERS
 from compressllm.core.quantized import round_to_nearest
+from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.core.scheme import parse_scheme
+from compressllm.core.stats import InputStats
 from compressllm.eval.config import EvalConfig
+from compressllm.export.hf import PackedConfig  # registers our loader
 from compressllm.export.writer import export_model, exported_sizes
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models import journal
@@ -113,10 +116,6 @@ def note(inputs: dict[str, list[Tensor]], name: str, module: torch.nn.Module, ar
 
 def slowly(folder: Path, ids: str, scheme: str) -> dict[str, Tensor]:
     """GPTQ over whole forwards of a live model, one linear at a time; name -> the weight left."""
-    from compressllm.core.protocols import QUANTIZERS
-    from compressllm.core.registry import build
-    from compressllm.core.stats import InputStats
-
     model = load_model(folder, torch.float32)
     masks, windows = Checkpoint(folder).masks(), torch.from_numpy(np.load(ids))
     for block in model.model.layers:
@@ -219,8 +218,6 @@ def test_rounding_anew_is_refused_and_float8_runs_as_plain_weights(
 @pytest.mark.parametrize("scheme", ["int8", "int4-g64", "fp8"])
 @pytest.mark.parametrize("backend", ["reference", "dense"])
 def test_transformers_loads_it(sparse: Path, tmp_path: Path, windows: Tensor, scheme: str, backend: str) -> None:
-    from compressllm.export.hf import PackedConfig
-
     made, _ = quantize(sparse, tmp_path / "out", method="rtn", scheme=scheme)
     folder = tmp_path / "out" / "model"
     with pytest.raises(OSError, match=r"model\.safetensors"):
@@ -249,7 +246,12 @@ def test_other_forms_of_linears(kind: str, build_model: Any, tmp_path: Path, win
     prune_model(open_bundle(str(folder)), PruneConfig(method="magnitude"), Run(folder=tmp_path / "pruned"))
     made, _ = quantize(tmp_path / "pruned" / "model", tmp_path / "out", method="rtn", scheme="int8")
     assert all(row.sound for row in survey(made.checkpoint, NM(2, 4))[1])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", variant="packed", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "model",
+        variant="packed",
+        dtype=torch.bfloat16,
+        quantization_config=PackedConfig(backend="dense"),
+    )
     plain = made.live(torch.bfloat16)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(raw(loaded.state_dict()[name]), raw(tensor)), name
