@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel
 from compressllm.calibration.walker import Block, WalkOptions, walk_blocks
 from compressllm.calibration.windows import windows_for
 from compressllm.core.compute import choose_device, choose_dtype
+from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import CalibrationError, FormatError, RecipeError
 from compressllm.core.layererror import relative_error
+from compressllm.core.masks import MaskStore
+from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import QUANTIZERS, Quantized, Quantizer
 from compressllm.core.registry import build
 from compressllm.core.run import Run
@@ -24,13 +28,15 @@ from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle
 from compressllm.models.journal import Rows
 from compressllm.models.quantizedrecord import QuantizedRecord
+from compressllm.models.tensornames import tensor_names
 from compressllm.quantize.config import QuantizeConfig
 
 
 def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Run | None = None) -> Bundle:
     """Quantise front to back, each block calibrated on what the quantised blocks before it put out.
 
-    Sparse linears keep their masks, pruned weights are exactly zero, and scales are those of kept weights. The result
+    Sparse linears keep their masks (in a checkpoint that holds none, those whose zeros follow a pattern, see
+    `find_sparsity`), pruned weights are exactly zero, and scales are those of kept weights. The result
     is a packed checkpoint, written block by block into ``run.folder``, from where a killed call resumes. The model is
     never in memory as a whole.
 
@@ -43,6 +49,7 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
         raise FormatError("quantising writes a checkpoint from another: save the model, and give the run a folder")
     if bundle.quantized():
         raise FormatError(f"{bundle.checkpoint.folder}: is quantised already; start from what it was made from")
+    bundle = _with_masks(bundle, run)
     quantizer, scheme = build(QUANTIZERS, config.method), parse_scheme(config.scheme)
     names = to_quantize(bundle.model, config.skip)
     windows = windows_for(bundle, config.calibration, run) if quantizer.needs else None
@@ -86,6 +93,20 @@ def to_quantize(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     if not left:
         raise RecipeError("skip: leaves no linear to quantise")
     return left
+
+
+def _with_masks(bundle: Bundle, run: Run) -> Bundle:
+    """The bundle with a mask and a pattern of every sparse linear: of one without masks, read off the zeros."""
+    if bundle.masks or bundle.checkpoint is None:
+        known = {name: bundle.patterns.get(name) or pattern_of(bundle.masks[name]) for name in bundle.masks}
+        return replace(bundle, patterns={**bundle.patterns, **known})
+    linears, tensors = all_linears(bundle.model), tensor_names(bundle.model, bundle.checkpoint)
+    masks, patterns = MaskStore(), dict[str, SparsityPattern]()
+    for name, linear in run.track(linears.items(), len(linears), "looking for zeros"):
+        weight = linear.turned(bundle.checkpoint.read(tensors[f"{name}.weight"])).contiguous()
+        if found := find_sparsity(weight):
+            patterns[name], masks[name] = found
+    return replace(bundle, masks=masks, patterns=patterns)
 
 
 def _quantize_block(

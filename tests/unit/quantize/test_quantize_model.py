@@ -275,6 +275,17 @@ def test_skipped_linears_stay_as_they_are_and_an_export_is_what_is_computed(
         assert torch.equal(raw(dense.read(name)), raw(made.checkpoint.read(name)))
 
 
+def test_zeros_without_masks_stay_zeros(sparse: Path, ids: str, tmp_path: Path) -> None:
+    masked, _ = quantize(sparse, tmp_path / "masked", ids, scheme="int4-g32")
+    for name in ("masks.safetensors", "compressllm.json"):  # as another library would have saved it
+        (sparse / name).unlink()
+    made, _ = quantize(sparse, tmp_path / "out", ids, scheme="int4-g32")
+    assert len(made.masks) == 21
+    for name in masked.masks:
+        assert torch.equal(made.masks[name], masked.masks[name])
+        assert torch.equal(made.quantized()[name].read().codes, masked.quantized()[name].read().codes)
+
+
 def test_what_cannot_be_quantised_is_refused(sparse: Path, llama: Any, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="writes a checkpoint"):
         quantize_model(Bundle(llama))
