@@ -39,6 +39,10 @@ def test_every_command_takes_a_quantised_model(cli: Callable, pruned: Path, text
         assert measured.code == 0, measured.err
         assert 0.95 * plain < measured.json["perplexity"] < 1.2 * plain
     assert cli("generate", out, "--prompt", "The ", "--max-new-tokens", 4).code == 0
+    quick = ("--backend", "reference", "--batch", 1, "--prompt", 5, "--new-tokens", 3, "--seconds", 0)
+    benched = cli("bench", out, *quick, "--json")
+    assert benched.code == 0, benched.err
+    assert [row["backend"] for row in benched.json["rows"]] == ["dense", "reference"]
 
     again = cli("quantize", out, tmp_path / "twice", "--method", "rtn")
     assert again.code == 2
