@@ -4,7 +4,8 @@
         --eval wikitext2
 
 A row is a name of `ROWS`, which says what differs from the stage's defaults. Those whose masks move begin with the
-teacher's weights and masks by size, all others with the student. Every row is a process of its own, its
+teacher's weights and masks by size, all others with the student; `student` and `teacher` are not trained. Every row is
+a process of its own, its
 result verified, exported packed and loaded again. Rows that the result file has already for as many tokens and the same
 seed are not measured again, so a stopped run goes on.
 """
@@ -46,6 +47,23 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def texts_of(options: argparse.Namespace) -> dict[str, str]:
+    """Name -> source."""
+    return dict(pair.rpartition("=")[::2] if "=" in pair else (pair, pair) for pair in options.eval.split(","))
+
+
+def untrained(row: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Where training begins and what it comes from."""
+    texts = texts_of(options)
+    evals = [{"eval": {"source": t, "seqlen": options.eval_seqlen, "windows": options.windows}} for t in texts.values()]
+    recipe = scratch / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": getattr(options, row), "seed": 0, "stages": evals}))
+    command = [sys.executable, "-m", "compressllm", "run", str(recipe), str(scratch / "run"), "--json"]
+    stages = json.loads(run_process(command)[2])["stages"]
+    perplexity = {name: stage["metrics"]["perplexity"] for name, stage in zip(texts, stages, strict=True)}
+    return {"row": row, "seed": 0, "tokens": 0, "perplexity": perplexity}
+
+
 def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> dict[str, Any]:
     """Recover, verify, export, evaluate; what came out."""
     recover = {"teacher": options.teacher, "data": options.data.split(","), "max_tokens": options.tokens} | ROWS[row]
@@ -55,7 +73,7 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
     student = options.student
     if "masking" in recover:
         student, recover["pattern"] = options.teacher, options.pattern
-    texts = dict(pair.rpartition("=")[::2] if "=" in pair else (pair, pair) for pair in options.eval.split(","))
+    texts = texts_of(options)
     evals = [{"eval": {"source": t, "seqlen": options.eval_seqlen, "windows": options.windows}} for t in texts.values()]
     stages = [{"recover": recover}, evals[0], {"export": {"format": "packed"}}, *evals]
     recipe, out = scratch / "recipe.yaml", scratch / "run"
@@ -106,12 +124,14 @@ def main() -> None:
     }
     for seed in map(int, options.seeds.split(",")):
         for row in options.rows.split(","):
-            if any((r["row"], r["tokens"], r["seed"]) == (row, options.tokens, seed) for r in record["results"]):
+            tokens = options.tokens if row in ROWS else 0
+            if any((r["row"], r["tokens"], r["seed"]) == (row, tokens, seed) for r in record["results"]):
                 continue
-            with tempfile.TemporaryDirectory() as scratch:
-                made = measure(row, options, seed, Path(scratch))
+            with tempfile.TemporaryDirectory() as folder:
+                scratch = Path(folder)
+                made = measure(row, options, seed, scratch) if row in ROWS else untrained(row, options, scratch)
             record["results"].append(made)
-            print(f"{row:16} seed {seed} {options.tokens:8} tokens {made['perplexity']}", flush=True)
+            print(f"{row:16} seed {seed} {tokens:8} tokens {made['perplexity']}", flush=True)
             options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

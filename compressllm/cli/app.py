@@ -24,6 +24,7 @@ from compressllm.cli import (
     recipe,
     recover,
     run,
+    select,
     soup,
     sweep,
 )
@@ -48,6 +49,7 @@ app.command()(quantize.quantize)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command(name="merge-lora")(mergelora.merge_lora)
+app.command()(select.select)
 app.command()(export.export)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)

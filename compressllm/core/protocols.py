@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressllm.core.pattern import Group, SparsityPattern
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import REGISTRY_OF, Registry
+from compressllm.core.run import Run
 from compressllm.core.scheme import Scheme
 from compressllm.core.stats import InputStats, Need
 
@@ -222,6 +223,81 @@ class Adapter(Protocol):
         ...
 
 
+class Embedder(Protocol):
+    """Turns texts into vectors whose cosine says how alike they are in meaning."""
+
+    def refuses(self) -> str | None:
+        """Why it cannot be used here and what to install, or None if it can."""
+        ...
+
+    def embed(
+        self, texts: Sequence[str], hidden: Callable[[Sequence[str]], Tensor], device: torch.device, run: Run
+    ) -> Tensor:
+        """(n, d) float32 of unit rows, on the CPU.
+
+        Args:
+            hidden: (n, hidden size) mean hidden states of the texts in the dense model; not called by an embedder
+                with a model of its own.
+            device: Where to compute.
+        """
+        ...
+
+
+class RecordPool(Protocol):
+    """Records to choose from, and what is known of them, each worked out when it is first asked for."""
+
+    prompts: list[str]
+    """Text before the response."""
+    lengths: Tensor
+    """(n,) int64: tokens of prompt and response, as far as training would see them."""
+    response_lengths: Tensor
+    """(n,) int64: tokens of the response alone."""
+
+    def divergence(self, ids: Sequence[int]) -> Tensor:
+        """(len(ids), 2) float32: mean Jensen-Shannon divergence between the dense and the pruned model's predictions
+        over the response tokens, and KL(dense || pruned). Raises RecipeError without a pruned model.
+        """
+        ...
+
+    def embeddings(self, embedder: Embedder) -> Tensor:
+        """(n, d) float32 unit vectors of the prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some records of a pool, in the order in which to use them.
+
+    Args:
+        ids: Their places in the pool.
+        scores: What each was chosen for, higher first, as `notes` says.
+        clusters: The cluster of each, or None if the method makes none.
+        notes: What the choice rests on, as plain data for the report.
+        labels: (n,) int64 cluster of every record of the pool, or None.
+        coordinates: (n, c) where the clusters were found, or None.
+    """
+
+    ids: Sequence[int]
+    scores: Sequence[float]
+    clusters: Sequence[int] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    coordinates: Tensor | None = None
+
+
+class Selector(Protocol):
+    """Chooses the records that recovery training learns from."""
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether it compares the pruned model with the dense one."""
+        ...
+
+    def select(self, pool: RecordPool, budget: int, run: Run) -> Chosen:
+        """Choose ``budget`` records, at most as many as there are. Raises RecipeError, CalibrationError."""
+        ...
+
+
 SOURCES: Registry[TextSource] = Registry("text source", "compressllm.calibration")
 PRUNERS: Registry[Pruner] = Registry("pruner", "compressllm.prune")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "compressllm.prune")
@@ -229,17 +305,21 @@ FORMATS: Registry[Format] = Registry("format", "compressllm.export")
 BACKENDS: Registry[Backend] = Registry("backend", "compressllm.kernels")
 ADAPTERS: Registry[Adapter] = Registry("adapter", "compressllm.recover.adapters")
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer", "compressllm.quantize")
+SELECTORS: Registry[Selector] = Registry("selector", "compressllm.select")
+EMBEDDERS: Registry[Embedder] = Registry("embedder", "compressllm.select.embedders")
 
 REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Allocator: ALLOCATORS, Format: FORMATS, Backend: BACKENDS})
-REGISTRY_OF.update({Adapter: ADAPTERS, Quantizer: QUANTIZERS})
+REGISTRY_OF.update({Adapter: ADAPTERS, Quantizer: QUANTIZERS, Selector: SELECTORS, Embedder: EMBEDDERS})
 
 #: The registries by the name ``compressllm list`` takes.
 REGISTRIES: dict[str, Registry[Any]] = {
     "adapters": ADAPTERS,
     "allocators": ALLOCATORS,
     "backends": BACKENDS,
+    "embedders": EMBEDDERS,
     "formats": FORMATS,
     "pruners": PRUNERS,
     "quantizers": QUANTIZERS,
+    "selectors": SELECTORS,
     "sources": SOURCES,
 }

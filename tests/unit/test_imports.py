@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "recover", "quantize", "export", "eval"}
+METHODS = {"prune", "recover", "quantize", "export", "eval", "select"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -22,12 +22,14 @@ MAY_IMPORT = {
     "quantize": {"calibration", "models", "core"},
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
+    "select": {"calibration", "models", "core"},
     "stages": {
         "prune",
         "recover",
         "quantize",
         "export",
         "eval",
+        "select",
         "kernels",
         "calibration",
         "models",
@@ -43,6 +45,7 @@ MAY_IMPORT = {
         "quantize",
         "export",
         "eval",
+        "select",
         "kernels",
         "calibration",
         "models",

@@ -1,0 +1,1 @@
+"""Choice of the records that recovery training learns from."""

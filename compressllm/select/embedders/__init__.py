@@ -1,0 +1,1 @@
+"""Embedders: texts to vectors whose cosine says how alike they are."""

@@ -1,0 +1,98 @@
+"""Choose records of a file into another one, with a report and pictures beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compressllm.core.errors import RunError
+from compressllm.core.run import Run, Track, untracked, write_atomically, write_json
+from compressllm.models.bundle import open_bundle
+from compressllm.models.shards import file_sha256
+from compressllm.select.config import SelectConfig
+from compressllm.select.layout import flat_map
+from compressllm.select.records import read_records
+from compressllm.select.selection import Selection, select_records
+from compressllm.stages.environment import PeakMemory, environment
+from compressllm.stages.selectionpictures import budget_svg, map_svg
+
+
+def select_file(
+    data: Path,
+    out: Path,
+    teacher: str,
+    student: str | None,
+    config: SelectConfig,
+    *,
+    seed: int = 0,
+    show: Track = untracked,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Choose records and return the report.
+
+    Beside ``out``, say ``chosen.jsonl``, come ``chosen.report.json`` and, of a method that makes clusters,
+    ``chosen.map.svg`` and ``chosen.budget.svg``. Each line of ``out`` is a record as it was in ``data``, with
+    ``selection``: its line there, cluster, score, tokens and cost.
+
+    Args:
+        data: What `read_records` reads.
+        out: A new file ending in ``.jsonl``.
+        teacher: The dense model: anything `resolve_model` takes.
+        student: The pruned model, likewise, or None if the method does not look at it.
+
+    Raises: RunError if ``out`` cannot be written; CompressError of the kind that fits.
+    """
+    if out.suffix != ".jsonl":
+        raise RunError(f"{out}: the chosen records are written as .jsonl; give a file name that ends so")
+    if out.exists():
+        raise RunError(f"{out}: is there already; remove it, or give a new file")
+    if not out.parent.is_dir():
+        raise RunError(f"{out.parent}: is not a folder; make it first")
+    begun, peak = time.perf_counter(), PeakMemory()
+    run = Run(seed=seed, show=show, on_warning=on_warning)
+    dense, pruned = open_bundle(teacher), open_bundle(student) if student is not None else None
+    records, faults = read_records(data)
+    if faults.counts:
+        run.warn(f"{data}: left out {faults}")
+    selection = select_records(records, dense, pruned, config, run)
+    report = {
+        "schema": 1,
+        "data": {"path": str(data), "sha256": file_sha256(data.expanduser()), "left_out": faults.as_json()},
+        "teacher": teacher,
+        "student": student,
+        "seed": seed,
+        "config": config.model_dump(mode="json"),
+        **selection.report,
+        "seconds": round(time.perf_counter() - begun, 3),
+        "peak_memory_bytes": peak.bytes(),
+        "warnings": run.warnings,
+        "environment": environment(),
+    }
+    _write_pictures(selection, out, seed)
+    write_json(out.with_suffix(".report.json"), report)
+    write_atomically(out, "".join(_lines(selection)))  # last: who finds it finds the rest
+    return report
+
+
+def _lines(selection: Selection) -> list[str]:
+    chosen = selection.chosen
+    lines = []
+    for at, record in enumerate(selection.records):
+        cluster = None if chosen.clusters is None else chosen.clusters[at]
+        score, tokens = chosen.scores[at], selection.tokens[at]
+        facts = {"line": record.line, "cluster": cluster, "score": score, "tokens": tokens, "cost": tokens**2}
+        lines.append(json.dumps({**record.row, "selection": facts}, ensure_ascii=False) + "\n")
+    return lines
+
+
+def _write_pictures(selection: Selection, out: Path, seed: int) -> None:
+    chosen = selection.chosen
+    if chosen.labels is None or chosen.coordinates is None:
+        return
+    clusters = selection.report["clusters"]
+    drawn, places = flat_map(chosen.coordinates, seed)
+    write_atomically(out.with_suffix(".map.svg"), map_svg(places.tolist(), chosen.labels[drawn].tolist(), clusters))
+    write_atomically(out.with_suffix(".budget.svg"), budget_svg(clusters, selection.report["budget"]))
