@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compressllm.export import export_model as export_model
     from compressllm.models.loading import load_model as load_model
     from compressllm.prune.model import prune_model as prune_model
+    from compressllm.quantize.model import quantize_model as quantize_model
     from compressllm.recover.model import recover_model as recover_model
     from compressllm.stages.runner import run_recipe as run_recipe
     from compressllm.stages.sweep import sweep_model as sweep_model
@@ -26,6 +27,7 @@ _HOME_OF = {
     "load_model": "compressllm.models.loading",
     "perplexity": "compressllm.eval.perplexity",
     "prune_model": "compressllm.prune.model",
+    "quantize_model": "compressllm.quantize.model",
     "recover_model": "compressllm.recover.model",
     "run_recipe": "compressllm.stages.runner",
     "sweep_model": "compressllm.stages.sweep",

@@ -21,6 +21,7 @@ from compressllm.cli import (
     mergelora,
     permute,
     prune,
+    quantize,
     recipe,
     recover,
     report,
@@ -46,6 +47,7 @@ app.command()(run.run)
 app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(recover.recover)
+app.command()(quantize.quantize)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command(name="merge-lora")(mergelora.merge_lora)

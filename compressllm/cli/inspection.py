@@ -41,7 +41,13 @@ def inspect(
         return
     table = Table("linear", "shape", "dtype", "pattern", "sparsity", box=None)
     for row in rows:
-        table.add_row(row.name, "x".join(map(str, row.shape)), row.dtype, row.pattern or "dense", f"{row.sparsity:.4f}")
+        table.add_row(
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.scheme or row.dtype,
+            row.pattern or "dense",
+            f"{row.sparsity:.4f}",
+        )
     results.print(table)
     results.print(
         f"{facts['format']}, {len(rows)} prunable linears, sparsity {facts['sparsity']:.4f}; "

@@ -15,7 +15,8 @@ def list_methods(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="pruners, allocators, adapters, formats, sources, backends, selectors, embedders; all of them without."
+            help="pruners, quantizers, allocators, adapters, formats, sources, backends, selectors, embedders; all of "
+            "them without."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -49,6 +49,9 @@ def _title(stage: dict[str, Any]) -> str:
         return f"prune {method if isinstance(method, str) else next(iter(method))} {config['pattern']}"
     if stage["stage"] == "recover":
         return f"recover {config['masking']} {config['losses']}"
+    if stage["stage"] == "quantize":
+        method = config["method"]
+        return f"quantize {method if isinstance(method, str) else next(iter(method))} {config['scheme']}"
     return f"export {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
 
 

@@ -13,6 +13,7 @@ from compressllm.core.pattern import Group, SparsityPattern
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import REGISTRY_OF, Registry
 from compressllm.core.run import Run
+from compressllm.core.scheme import Scheme
 from compressllm.core.stats import InputStats, Need
 
 #: What text is wanted for: methods are fitted on one part, and measured on the other.
@@ -63,6 +64,40 @@ class Pruner(Protocol):
 
     def prune(self, weight: Tensor, stats: InputStats, pattern: SparsityPattern) -> Pruned:
         """Prune an (out, in) float32 weight. Does not change its arguments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One quantised weight.
+
+    Args:
+        weight: Its codes and scales; code 0 wherever it is pruned.
+        notes: What the method has to say of this linear, as plain data for its row in the manifest.
+        fallback: What it did instead of what was asked for, in one line, or None; warned of and recorded.
+    """
+
+    weight: QuantizedWeight
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    fallback: str | None = None
+
+
+class Quantizer(Protocol):
+    """Rounds the weights of one linear to a scheme's grid. Pruned weights stay exactly zero.
+
+    ``needs`` names the input statistics it reads.
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Input statistics it reads."""
+        ...
+
+    def quantize(self, weight: Tensor, keep: Tensor, stats: InputStats, scheme: Scheme) -> Quantized:
+        """Quantise an (out, in) float32 weight, +0.0 wherever the (out, in) bool ``keep`` is False.
+
+        Does not change its arguments. Raises: FormatError, CalibrationError.
+        """
         ...
 
 
@@ -269,11 +304,12 @@ ALLOCATORS: Registry[Allocator] = Registry("allocator", "compressllm.prune")
 FORMATS: Registry[Format] = Registry("format", "compressllm.export")
 BACKENDS: Registry[Backend] = Registry("backend", "compressllm.kernels")
 ADAPTERS: Registry[Adapter] = Registry("adapter", "compressllm.recover.adapters")
+QUANTIZERS: Registry[Quantizer] = Registry("quantizer", "compressllm.quantize")
 SELECTORS: Registry[Selector] = Registry("selector", "compressllm.select")
 EMBEDDERS: Registry[Embedder] = Registry("embedder", "compressllm.select.embedders")
 
 REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Allocator: ALLOCATORS, Format: FORMATS, Backend: BACKENDS})
-REGISTRY_OF.update({Adapter: ADAPTERS, Selector: SELECTORS, Embedder: EMBEDDERS})
+REGISTRY_OF.update({Adapter: ADAPTERS, Quantizer: QUANTIZERS, Selector: SELECTORS, Embedder: EMBEDDERS})
 
 #: The registries by the name ``compressllm list`` takes.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -283,6 +319,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "embedders": EMBEDDERS,
     "formats": FORMATS,
     "pruners": PRUNERS,
+    "quantizers": QUANTIZERS,
     "selectors": SELECTORS,
     "sources": SOURCES,
 }

@@ -1,24 +1,25 @@
-"""QuantizedWeight: integer codes of a linear's weight and the scales that give them their size."""
+"""QuantizedWeight: codes of a linear's weight and the scales that give them their size."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compressllm.core.errors import FormatError
-
-#: Bits of a code -> the largest magnitude a symmetric quantiser uses.
-LARGEST = {8: 127, 4: 7}
+from compressllm.core.scheme import LARGEST, Scheme
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """An (out, in) weight as small integers: W = codes * scales, symmetric, zero is code 0.
+    """An (out, in) weight as small numbers: W = codes * scales, symmetric, zero is code 0.
+
+    Backends compute with integer codes; `integer` says whether these are.
 
     Args:
-        codes: (out, in) int8; with 4 bits in -8..7. A pruned weight is 0.
+        codes: (out, in) int8, or with 8 bits float8_e4m3fn; with 4 bits in -8..7. A pruned weight is 0.
         scales: (out, ceil(in / group)) float32, one for every ``group`` consecutive inputs of a row.
         bits: 8 or 4.
         group: 32, 64 or 128; or, one scale a row, the number of inputs.
@@ -36,8 +37,12 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         if self.bits not in LARGEST:
             raise FormatError(f"a quantised weight has {self.bits} bits; 8 and 4 are supported")
-        if self.codes.dtype != torch.int8 or self.codes.dim() != 2:
-            raise FormatError(f"codes are {self.codes.dtype} {tuple(self.codes.shape)}; they must be int8, (out, in)")
+        float8 = self.codes.dtype == torch.float8_e4m3fn and self.bits == 8
+        if (self.codes.dtype != torch.int8 and not float8) or self.codes.dim() != 2:
+            raise FormatError(
+                f"codes are {self.codes.dtype} {tuple(self.codes.shape)}; they must be int8, or with 8 bits "
+                "float8_e4m3fn, and (out, in)"
+            )
         out, columns = self.codes.shape
         if self.group not in {32, 64, 128, columns}:
             raise FormatError(f"a group of {self.group} columns; supported are 32, 64, 128 and all {columns} of a row")
@@ -52,6 +57,16 @@ class QuantizedWeight:
     def shape(self) -> torch.Size:
         """(out, in)."""
         return self.codes.shape
+
+    @property
+    def scheme(self) -> Scheme:
+        """What it was rounded to."""
+        return Scheme(self.bits, None if self.group == self.shape[1] else self.group, not self.integer)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the codes are integers."""
+        return self.codes.dtype == torch.int8
 
     @property
     def device(self) -> torch.device:
@@ -74,34 +89,46 @@ class QuantizedWeight:
         return dequantize(self.codes, self.scales, self.group).to(dtype or self.computes_in)
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """A quantised weight left on disk.
+
+    Args:
+        scheme: What it was rounded to.
+        read: Gives the weight, read anew at every call.
+    """
+
+    scheme: Scheme
+    read: Callable[[], QuantizedWeight]
+
+
 def dequantize(codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    """(out, in) int8 codes and (out, ceil(in / group)) scales -> (out, in) float32."""
+    """(out, in) codes and (out, ceil(in / group)) scales -> (out, in) float32."""
+    codes = codes.float() if codes.is_floating_point() else codes  # torch multiplies no float8
     return codes * scales.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
 
 
-def quantize_absmax(weight: Tensor, keep: Tensor, bits: int, group: int) -> QuantizedWeight:
-    """Round to nearest, each group of a row scaled so that its largest weight gets the largest code.
+def round_to_nearest(weight: Tensor, keep: Tensor, scheme: Scheme, group: int | None = None) -> QuantizedWeight:
+    """Round each weight to the nearest of its group, whose scale is that of its largest kept weight.
 
-    Scales are float16 numbers, held in float32, and chosen before rounding: kernels keep them in two bytes without
-    loss. A group too small for float16 to scale is scaled by its smallest number, 2^-24.
+    Scales are chosen before rounding; kernels keep them in two bytes without loss.
 
     Args:
         weight: (out, in), any float dtype, finite.
         keep: (out, in) bool; what it prunes gets code 0.
-        bits: 8 or 4.
-        group: 32, 64, 128, or the number of inputs.
+        group: Inputs that share a scale, if not as the scheme says.
 
-    Raises: FormatError if bits or group are not supported, or a scale is too large for float16.
+    Raises: FormatError if the group is not supported, or a scale is too large for float16.
     """
-    if bits not in LARGEST:
-        raise FormatError(f"quantisation to {bits} bits; 8 and 4 are supported")
     out, columns = weight.shape
+    group = group or scheme.width(columns)
     kept = weight.float().masked_fill(~keep, 0.0)
     padded = torch.nn.functional.pad(kept, (0, -columns % group)).view(out, -1, group)
-    scales = (padded.abs().amax(-1) / LARGEST[bits]).half().float()
-    if not scales.isfinite().all():
-        raise FormatError(f"weights as large as {kept.abs().max():g} or not finite; {bits}-bit scales are float16")
-    scales = scales.clamp(min=2.0**-24)  # an all-zero group too: dividing by its scale must give 0
-    codes = (padded / scales.unsqueeze(-1)).round_().clamp_(-LARGEST[bits], LARGEST[bits])
-    codes = codes.view(out, -1)[:, :columns].to(torch.int8).contiguous()
-    return QuantizedWeight(codes, scales, bits, group, weight.dtype)
+    scales = scheme.scale(padded)
+    codes = scheme.code(padded, scales.unsqueeze(-1)).view(out, -1)[:, :columns].to(scheme.dtype).contiguous()
+    return QuantizedWeight(codes, scales, scheme.bits, group, weight.dtype)
+
+
+def quantize_absmax(weight: Tensor, keep: Tensor, bits: int, group: int) -> QuantizedWeight:
+    """`round_to_nearest` to integers of 8 or 4 bits, a scale for 32, 64, 128 or all inputs. Raises FormatError."""
+    return round_to_nearest(weight, keep, Scheme(bits, group), group)

@@ -22,13 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compressllm.core.detect import pattern_of
 from compressllm.core.errors import FormatError
 from compressllm.core.heap import trim_heap
+from compressllm.core.packedcodes import CODE_DTYPES, SCALES, unpack_codes
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
+from compressllm.core.quantized import QuantizedWeight, StoredCodes
 from compressllm.core.registry import build
+from compressllm.core.stamp import QUANT_METHOD
 from compressllm.kernels.linear import AUTO, PLAIN
 from compressllm.kernels.measured import Timings, measuring
 from compressllm.kernels.swapper import Swapper
 
-QUANT_METHOD = "compressllm"  # the name in config.json under which transformers finds us
 _NO_READING_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # an environment variable of transformers
 
 
@@ -80,7 +82,7 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter: the tensors of a packed linear -> its weight."""
         chosen: Format = build(FORMATS, self.quantization_config.format)
-        parts = [_pattern(part) for part in chosen.tensors if part != "weight"]  # that one has its name already
+        parts = [_pattern(part) for part in _parts(chosen) if part != "weight"]  # that one has its name already
         return [WeightConverter(parts, ".weight", operations=[Unpack(chosen, self._swaps)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -88,6 +90,11 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         chosen: Format = build(FORMATS, self.quantization_config.format)
         own = [_of_packed(one, chosen) if _joins_experts(one) else one for one in weight_conversions]
         return own + self.get_weight_conversions()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """What is decoded here comes as it is stored: codes and scales would lose what they say in another dtype."""
+        ours = any(isinstance(op, Unpack | UnpackExperts) for op in getattr(converter, "operations", ()))
+        return None if ours else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Threads that read ahead would hold the whole file beside what is made of it. A load that fails does not come
@@ -134,13 +141,18 @@ class Swaps:
     def __deepcopy__(self, memo: dict[int, Any]) -> Swaps:
         return self  # transformers copies a conversion for every tensor
 
-    def weight(self, name: str, linear: Any, weight: Tensor, keep: Tensor) -> Tensor:
+    def weight(
+        self, name: str, linear: Any, weight: Tensor, keep: Tensor, codes: QuantizedWeight | None = None
+    ) -> Tensor:
         """What transformers is to take for the weight of linear ``name``: the weight itself where it stays dense."""
         if self._backend == PLAIN or not isinstance(linear, nn.Linear):
             return weight
         pattern = pattern_of(keep)
         timings = Timings() if measuring() else None
-        swapper = Swapper({name: keep}, {name: pattern}, self._backend, None, timings, self._keep_dense)
+        stored = {name: StoredCodes(codes.scheme, lambda: codes)} if codes else None
+        swapper = Swapper(
+            {name: keep}, {name: pattern}, self._backend, None, timings, self._keep_dense, quantized=stored
+        )
         own = nn.Linear(1, 1, bias=False, device="meta")
         own.weight = nn.Parameter(weight, requires_grad=False)
         made = swapper(name, own)
@@ -189,12 +201,17 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             return tensors[0]
 
         out, columns = reversed(parameter.shape) if transposed else parameter.shape
-        weight = self._format.unpack(linear, read, (out, columns)).to(parameter.dtype)
+        keep = self._format.mask(linear, read, (out, columns))
+        codes = None
+        if keep is not None and input_dict.get(_pattern(SCALES)):
+            codes = unpack_codes(linear, read, keep, parameter.dtype)
+            weight = codes.dequantize()
+        else:
+            weight = self._format.unpack(linear, read, (out, columns)).to(parameter.dtype)
         if transposed:
             return {full_layer_name: weight.T.contiguous()}
-        keep = self._format.mask(linear, read, (out, columns))
         if keep is not None:
-            weight = self._swaps.weight(linear, model.get_submodule(linear), weight, keep)
+            weight = self._swaps.weight(linear, model.get_submodule(linear), weight, keep, codes)
         return {full_layer_name: weight}
 
 
@@ -219,20 +236,24 @@ class UnpackExperts(ConversionOps):  # type: ignore[misc]
         loaded: dict[str, list[Tensor]] = {}
         for source in sources:
             # A packed linear's empty `weight` holds its place among those of experts that are not packed.
-            packed = {part: iter(input_dict.get(_beside(source, part), ())) for part in self._format.tensors}
+            packed = {part: iter(input_dict.get(_beside(source, part), ())) for part in _parts(self._format)}
             weights = [tensor if tensor.numel() else self._next(packed, shape) for tensor in input_dict[source]]
             loaded[source] = [weight.to(parameter.dtype) for weight in weights]
         return loaded
 
     def _next(self, packed: dict[str, Iterator[Tensor]], shape: tuple[int, int]) -> Tensor:
-        parts = {part: next(tensors, None) for part, tensors in packed.items() if part != "weight"}
+        parts = {part: next(tensors, None) for part, tensors in packed.items() if part not in {"weight", SCALES}}
 
         def read(name: str) -> Tensor:
             if (tensor := parts[name.rpartition(".")[2]]) is None:
                 raise FormatError(f"the checkpoint has too few tensors {name}")
             return tensor
 
-        return self._format.unpack("expert", read, shape)
+        values, keep = parts["values"], self._format.mask("expert", read, shape)
+        if values is None or keep is None or values.dtype not in CODE_DTYPES:
+            return self._format.unpack("expert", read, shape)
+        parts[SCALES] = next(packed[SCALES], None)  # only quantised experts have them
+        return unpack_codes("expert", read, keep, torch.float32).dequantize()
 
 
 def _set(variable: str, value: str | None) -> None:
@@ -250,9 +271,13 @@ def _joins_experts(conversion: Any) -> bool:
 
 def _of_packed(plain: WeightConverter, chosen: Format) -> WeightConverter:
     """The same conversion, collecting what experts are packed into as well, and decoding it first."""
-    sources = [_beside(source, part) for source in plain._original_source_patterns for part in chosen.tensors]
+    sources = [_beside(source, part) for source in plain._original_source_patterns for part in _parts(chosen)]
     operations = [UnpackExperts(chosen, plain), *plain.operations]
     return plain.copy(sources, list(plain._original_target_patterns), operations=operations)
+
+
+def _parts(chosen: Format) -> tuple[str, ...]:
+    return (*chosen.tensors, SCALES)
 
 
 def _beside(source: str, part: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm.core.errors import FormatError
-from compressllm.core.masks import pack_bits, put_kept, take_kept, unpack_bits
+from compressllm.core.masks import kept_shape, pack_bits, put_kept, take_kept, unpack_bits
 from compressllm.core.protocols import FORMATS
 
 
@@ -34,14 +34,14 @@ class Packed:
         """Dtypes and shapes of the three tensors."""
         out, columns = keep.shape
         return {
-            f"{name}.values": (dtype, _values_shape(keep)),
+            f"{name}.values": (dtype, kept_shape(keep)),
             f"{name}.bitmask": (torch.uint8, (out, -(-columns // 8))),
             f"{name}.weight": (dtype, (0,)),
         }
 
     def pack(self, name: str, weight: Tensor, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The three tensors."""
-        yield f"{name}.values", take_kept(weight, keep).view(_values_shape(keep))
+        yield f"{name}.values", take_kept(weight, keep).view(kept_shape(keep))
         yield f"{name}.bitmask", pack_bits(keep)
         yield f"{name}.weight", weight.new_empty(0)
 
@@ -51,9 +51,9 @@ class Packed:
         kept = int(keep.count_nonzero())
         if values.numel() != kept:
             raise FormatError(f"{name}: has {values.numel()} values, its bitmask keeps {kept}; export the model again")
-        if tuple(values.shape) != _values_shape(keep):
+        if tuple(values.shape) != kept_shape(keep):
             raise FormatError(
-                f"{name}: values have shape {tuple(values.shape)}, its bitmask implies {_values_shape(keep)}; "
+                f"{name}: values have shape {tuple(values.shape)}, its bitmask implies {kept_shape(keep)}; "
                 "export the model again"
             )
         return put_kept(values, keep)
@@ -70,10 +70,3 @@ class Packed:
         if columns % 8 and (bits[:, -1] >> columns % 8).any():
             raise FormatError(f"{name}: bitmask keeps columns past the last, {columns}; export the model again")
         return unpack_bits(bits, columns)
-
-
-def _values_shape(keep: Tensor) -> tuple[int, ...]:
-    counts = keep.sum(1, dtype=torch.int32)  # half the time of the default, int64
-    if len(counts) and (counts == counts[0]).all():
-        return len(counts), int(counts[0])
-    return (int(counts.sum()),)

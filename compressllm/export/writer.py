@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +17,12 @@ from compressllm import __version__
 from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore, raw
+from compressllm.core.packedcodes import SCALES
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import FORMATS, Format
 from compressllm.core.registry import build
 from compressllm.core.run import Track, untracked
-from compressllm.export.hf import QUANT_METHOD
+from compressllm.core.stamp import stamp_config
 from compressllm.export.modelcard import run_of, write_card
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
@@ -32,10 +32,6 @@ from compressllm.models.loading import skeleton
 from compressllm.models.shards import MAX_SHARD_BYTES, ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorSpec
 from compressllm.models.tensornames import tensor_names
-
-_NOTE = (
-    "run `import compressllm` before from_pretrained(..., variant={variant!r}); transformers alone refuses the folder"
-)
 
 
 class Sizes(NamedTuple):
@@ -85,11 +81,14 @@ def export_model(
         progress: Shows how far it is.
         max_shard_bytes: Where a weight file is split.
 
-    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, if a mask and its
+    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, or what is to be
+        packed is quantised, if a mask and its
         weight disagree, or if what was read back differs; UnsupportedModelError if the model cannot be built.
     """
     chosen: Format = build(FORMATS, format)
     variant = None if chosen.tensors == ("weight",) else format
+    if variant and source.facts and source.facts.schemes:
+        raise FormatError(f"{source.folder}: is quantised and packed already; to have plain weights, export it dense")
     with _appears_whole(out) as work:
         sparse = _sparse_linears(source, progress)
         if variant and not sparse.masks:
@@ -127,12 +126,12 @@ def exported_sizes(checkpoint: Checkpoint) -> Sizes:
     """How large a checkpoint's sparse linears are; at 2:4 packed in 16 bit, the ratio is 0.5625."""
     if checkpoint.facts is None:
         return Sizes(0, 0)
-    parts = build(FORMATS, checkpoint.facts.format).tensors
+    parts = (*build(FORMATS, checkpoint.facts.format).tensors, SCALES)
     plain, stored = checkpoint.specs, checkpoint.stored_specs
     linears = checkpoint.facts.linears
     return Sizes(
         sum(plain[f"{name}.weight"].bytes for name in linears),
-        sum(stored[f"{name}.{part}"].bytes for name in linears for part in parts),
+        sum(stored[name].bytes for name in (f"{one}.{part}" for one in linears for part in parts) if name in stored),
     )
 
 
@@ -194,18 +193,7 @@ def _write_tensors(
 
 def _write_side_files(source: Checkpoint, work: Path, facts: Facts) -> None:
     source.copy_side_files(work)
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
-    # Either key makes newer loaders refuse a plain checkpoint, whatever it says.
-    config.pop("quantization_config", None)
-    config.pop("sparsity_config", None)
-    if facts.variant:
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format": facts.format,
-            "version": facts.version,
-            "note": _NOTE.format(variant=facts.variant),
-        }
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    stamp_config(work, facts.format, facts.version, facts.variant)
 
 
 def _compare(source: Checkpoint, written: Checkpoint, sparse: _Sparse, progress: Track) -> None:

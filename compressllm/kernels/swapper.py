@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compressllm.core.errors import UnsupportedModelError
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.quantized import QuantizedWeight, quantize_absmax
+from compressllm.core.quantized import QuantizedWeight, StoredCodes, quantize_absmax, round_to_nearest
 from compressllm.kernels.linear import AUTO, PLAIN, Choice, SparseLinear, choose_backend, left_as_it_is, named
 from compressllm.kernels.measured import Timings
 
@@ -27,6 +27,8 @@ class Swapper:
         timings, keep_dense: As `choose_backend` takes them.
         bits: Round the weights to 8 or 4 bits as they come, each group to its largest; None leaves them as they are.
         group: Inputs that share a scale then.
+        quantized: Linear name -> codes that a checkpoint holds. Integers are run as they are; what has no kernel, as
+            float8, is run as the plain weight that was loaded.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class Swapper:
         keep_dense: bool = False,
         bits: int | None = None,
         group: int = 64,
+        quantized: Mapping[str, StoredCodes] | None = None,
     ) -> None:
         self._masks, self._patterns, self._backend = masks, patterns, backend
         self._timings, self._keep_dense = timings, keep_dense
         self._bits, self._group = bits, group
+        self._stored = {name: one for name, one in (quantized or {}).items() if not one.scheme.float8}
         #: Linear name -> what was chosen, of those that were handed in so far and those that no backend can run.
         self.choices = {n: left_as_it_is(n, form, backend) for n, form in (other or {}).items() if n in masks}
         #: Names of the linears that backends are chosen for.
@@ -59,10 +63,12 @@ class Swapper:
         Returns: Kind, ``4096x4096 2:4``, -> the choice for a weight of zeros.
         """
         choices = {}
-        kinds = {(shapes[name], self._patterns[name]) for name in self.sparse}
-        for shape, pattern in sorted(kinds, key=str):
-            zeros = self._rounded(torch.zeros(shape, dtype=dtype, device=device), None)
-            kind = f"{shape[0]}x{shape[1]} {pattern}"
+        schemes = {name: stored.scheme for name, stored in self._stored.items()}
+        kinds = {(shapes[name], self._patterns[name], schemes.get(name)) for name in self.sparse}
+        for shape, pattern, scheme in sorted(kinds, key=str):
+            plain = torch.zeros(shape, dtype=dtype, device=device)
+            zeros = round_to_nearest(plain, plain != 0, scheme) if scheme else self._rounded(plain, None)
+            kind = f"{shape[0]}x{shape[1]} {pattern}" + (f" {scheme}" if scheme else "")
             with named(kind):
                 choices[kind] = self._choose(zeros, pattern)
         return choices
@@ -70,7 +76,7 @@ class Swapper:
     def choose(self, name: str, linear: nn.Linear) -> Choice:
         """What is chosen for a sparse linear; kept in ``choices``. Raises BackendUnavailableError, naming it."""
         with named(name):
-            self.choices[name] = self._choose(self._rounded(linear.weight, self._masks[name]), self._patterns[name])
+            self.choices[name] = self._choose(self._weight(name, linear), self._patterns[name])
         return self.choices[name]
 
     def __call__(self, name: str, linear: nn.Linear) -> nn.Module:
@@ -82,7 +88,7 @@ class Swapper:
             return linear
         pattern, keep = self._patterns[name], self._masks[name]
         with named(name):
-            weight = self._rounded(linear.weight, keep)
+            weight = self._weight(name, linear)
             choice = self.choices[name] = self._choose(weight, pattern)
             if choice.name == PLAIN and weight is linear.weight:
                 return linear
@@ -90,6 +96,11 @@ class Swapper:
 
     def _choose(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> Choice:
         return choose_backend(weight, pattern, self._backend, self._timings, self._keep_dense)
+
+    def _weight(self, name: str, linear: nn.Linear) -> Tensor | QuantizedWeight:
+        if name in self._stored:
+            return self._stored[name].read().to(linear.weight.device).to(linear.weight.dtype)
+        return self._rounded(linear.weight, self._masks[name])
 
     def _rounded(self, weight: Tensor, keep: Tensor | None) -> Tensor | QuantizedWeight:
         if self._bits is None:

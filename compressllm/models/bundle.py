@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern
+from compressllm.core.quantized import StoredCodes
+from compressllm.core.scheme import parse_scheme
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.loading import load_model, load_tokenizer, skeleton
 from compressllm.models.resolve import resolve_model
@@ -49,6 +52,21 @@ class Bundle:
             swap: As `load_model` takes it; not called for the bundle's own model.
         """
         return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device, swap)
+
+    def quantized(self) -> dict[str, StoredCodes]:
+        """Linear name -> its codes, left on disk, of the linears that are quantised."""
+        if self.checkpoint is None or self.checkpoint.facts is None or not self.checkpoint.facts.schemes:
+            return {}
+        known, read = self.checkpoint.facts.schemes, self.checkpoint.quantized
+        stored = {
+            name.removesuffix(".weight"): tensor.removesuffix(".weight")
+            for name, tensor in tensor_names(self.model, self.checkpoint).items()
+        }
+        return {
+            name: StoredCodes(parse_scheme(known[owner]), partial(read, owner))
+            for name, owner in stored.items()
+            if owner in known
+        }
 
     @property
     def max_seqlen(self) -> int | None:

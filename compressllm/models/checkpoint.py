@@ -15,7 +15,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.core.masks import MaskStore, PackedMask, StoredMask
+from compressllm.core.packedcodes import SCALES, unpack_codes
 from compressllm.core.protocols import FORMATS
+from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
 from compressllm.models.facts import FILE_NAME, Facts, read_facts
 from compressllm.models.shards import ShardReader
@@ -28,7 +30,8 @@ ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes beside an adapter
 class Checkpoint:
     """Read-only view of a checkpoint folder, dense or packed.
 
-    Sparse linears stored packed are decoded as they are read, so every reader sees plain weights.
+    Sparse linears stored packed are decoded as they are read, and quantised ones rounded to the dtype they had, so
+    every reader sees plain weights; `quantized` gives the codes.
 
     Raises: FormatError if the folder is not a whole checkpoint.
     """
@@ -77,9 +80,9 @@ class Checkpoint:
         specs: dict[str, TensorSpec] = {}
         for name, spec in stored.items():
             owner, _, part = name.rpartition(".")
-            if owner not in self._packed or part not in self._format.tensors:
+            if owner not in self._packed or part not in (*self._format.tensors, SCALES):
                 specs[name] = spec
-            elif part == self._format.tensors[0]:
+            elif part == ("weight" if self._packed[owner].scheme else self._format.tensors[0]):
                 specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._packed[owner].stored_shape)
         return specs
 
@@ -99,8 +102,16 @@ class Checkpoint:
         owner = name.removesuffix(".weight")
         if owner == name or owner not in self._packed or self._format is None:
             return self._shards.read(name)
-        weight = self._format.unpack(owner, self._shards.read, self._packed[owner].shape)
+        if self._packed[owner].scheme:
+            weight = self.quantized(owner).dequantize()
+        else:
+            weight = self._format.unpack(owner, self._shards.read, self._packed[owner].shape)
         return weight.T.contiguous() if self._packed[owner].transposed else weight
+
+    def quantized(self, linear: str) -> QuantizedWeight:
+        """The codes and scales of a linear that the facts give a scheme of. Raises FormatError if they are damaged."""
+        dtype = self._shards.read(f"{linear}.weight").dtype
+        return unpack_codes(linear, self._shards.read, self._packed_keep(linear), dtype)
 
     def mask(self, linear: str) -> Tensor | None:
         """The stored (out, in) bool mask of a linear, or None if it has none."""

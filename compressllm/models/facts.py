@@ -20,6 +20,7 @@ from pydantic import (
 from compressllm import __version__
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern, parse_pattern
+from compressllm.core.scheme import SchemeName
 from compressllm.models.shards import file_sha256
 
 FILE_NAME = "compressllm.json"
@@ -42,6 +43,7 @@ class LinearFacts(BaseModel):
         shape: (out, in).
         transposed: Whether the plain weight is stored as (in, out), as GPT-2's are; mask and packed form are
             (out, in) all the same. Written only if true.
+        scheme: What its weights are rounded to, ``int4-g128`` say; None if they are not, and then not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +51,7 @@ class LinearFacts(BaseModel):
     pattern: Pattern
     shape: tuple[int, int]
     transposed: bool = False
+    scheme: SchemeName | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -58,7 +61,7 @@ class LinearFacts(BaseModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = handler(self)
-        return written if self.transposed else {key: value for key, value in written.items() if key != "transposed"}
+        return {key: value for key, value in written.items() if value or key not in {"transposed", "scheme"}}
 
 
 class Facts(BaseModel):
@@ -90,6 +93,11 @@ class Facts(BaseModel):
     def patterns(self) -> dict[str, SparsityPattern]:
         """Linear name -> pattern."""
         return {name: linear.pattern for name, linear in self.linears.items()}
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """Linear name -> scheme, of the quantised ones."""
+        return {name: linear.scheme for name, linear in self.linears.items() if linear.scheme}
 
     def write(self, folder: Path) -> None:
         """Write ``compressllm.json`` into ``folder``."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +11,19 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
-from compressllm.core.errors import FormatError, RunError
+from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore, PackedMask, pack_bits
 from compressllm.core.pattern import SparsityPattern
-from compressllm.core.run import JOURNAL, write_json
 from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
 from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.journal import Journal, Rows
 from compressllm.models.linears import PrunableLinear
 from compressllm.models.shards import ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorFileWriter, TensorSpec
 from compressllm.models.tensornames import tensor_names
 from compressllm.models.weights import LiveWeights, StreamedWeights, Weights
-
-Rows = list[dict[str, Any]]
 
 
 class Record(Protocol):
@@ -101,23 +97,22 @@ class FolderRecord:
         self._patterns = {**bundle.patterns, **patterns}
         if lost := bundle.patterns.keys() - patterns.keys() - bundle.masks.keys():
             raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
-        self._final, self._work, self._journal = folder / "model", folder / "model.partial", folder / JOURNAL
-        self._fingerprint = json.loads(json.dumps({**fingerprint, **computed_on(self._source, dtype, device)}))
-        self._blocks, self.rows = self._resume()
-        self.done = len(self._blocks)
-        self._work.mkdir(exist_ok=True)
-        self._out = ShardWriter(self._work, self._source.specs)
+        self._journal = Journal(folder, {**fingerprint, **computed_on(self._source, dtype, device)})
+        self.rows, self.done = self._journal.rows, len(self._journal.blocks)
+        self._out = ShardWriter(self._journal.work, self._source.specs)
         stored_name = tensor_names(bundle.model, self._source)
         self._stored = {name: stored_name[f"{name}.weight"].removesuffix(".weight") for name in self._patterns}
         self._linears = all_linears(bundle.model)
         self._mask_file = TensorFileWriter(
-            self._work / MASKS_NAME,
+            self._journal.work / MASKS_NAME,
             {
                 self._stored[name]: TensorSpec(torch.uint8, (out, -(-columns // 8)))
                 for name, (out, columns) in ((name, self._linears[name].shape) for name in self._patterns)
             },
         )
-        self.weights: Weights = StreamedWeights(bundle.model, self._source, self._out, set(self._blocks), dtype, device)
+        self.weights: Weights = StreamedWeights(
+            bundle.model, self._source, self._out, set(self._journal.blocks), dtype, device
+        )
 
     def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:
         """Write the block's weights and masks, then note that it is finished."""
@@ -125,9 +120,7 @@ class FolderRecord:
             self._mask_file.write(self._stored[name], pack_bits(keep).cpu())
         self._mask_file.sync()
         self._streamed.finish_(block)
-        self._blocks.append(block)
-        self.rows += rows
-        write_json(self._journal, {"fingerprint": self._fingerprint, "blocks": self._blocks, "rows": self.rows})
+        self._journal.note(block, rows)
 
     def close(self) -> Bundle:
         """Copy everything outside the blocks, move the folder into place and open it."""
@@ -140,36 +133,19 @@ class FolderRecord:
         written = {self._stored[name]: self._linears[name].shape[1] for name in self._patterns}
         masks = MaskStore({name: PackedMask(self._mask_file.read(name), columns) for name, columns in written.items()})
         self._mask_file.close()
+        linears = {self._stored[name]: self._linears[name] for name in self._patterns}
         finish_sparse_folder(
-            self._work, self._source, {self._stored[name]: self._linears[name] for name in self._patterns}, masks,
+            self._journal.work, self._source, linears, masks,
             {self._stored[name]: pattern for name, pattern in self._patterns.items()},
         )  # fmt: skip
-        self._work.replace(self._final)  # the journal stays: if killed now, the next call ends where this one did
-        return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
+        self._journal.finish()
+        return bundle_of(Checkpoint(self._journal.final), self._bundle.tokenizer, self._bundle.model)
 
     @property
     def _streamed(self) -> StreamedWeights:
         if not isinstance(self.weights, StreamedWeights):
             raise TypeError("the record's weights were replaced")
         return self.weights
-
-    def _resume(self) -> tuple[list[str], Rows]:
-        if self._final.exists() and not self._journal.exists():
-            raise RunError(f"{self._final}: exists already; give a new folder")
-        if not self._journal.exists() or not (self._work.exists() or self._final.exists()):
-            self._journal.unlink(missing_ok=True)  # its checkpoint was taken away
-            shutil.rmtree(self._work, ignore_errors=True)  # killed before its first block was finished
-            return [], []
-        progress = json.loads(self._journal.read_text())
-        changed = [key for key, value in self._fingerprint.items() if progress["fingerprint"].get(key) != value]
-        if changed:
-            raise RunError(
-                f"{self._work.parent}: was begun with another {', '.join(changed)}; "
-                "restore it, or start again in a new folder"
-            )
-        if self._final.exists():
-            self._final.replace(self._work)
-        return list(progress["blocks"]), list(progress["rows"])
 
 
 class FollowingRecord:

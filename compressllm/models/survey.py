@@ -25,6 +25,7 @@ class LinearSurvey:
         zeros: Weights equal to zero, -0.0 included.
         negative_zeros: Weights that are -0.0 at a pruned place.
         not_finite: Weights that are NaN or infinite.
+        scheme: What its weights are rounded to, or None.
         pattern: The pattern it was held against, or None if there is none.
         violations: Groups with more kept weights than the pattern allows.
         outside_mask: Weights that are not zero where the stored mask says pruned.
@@ -33,6 +34,7 @@ class LinearSurvey:
     name: str
     shape: tuple[int, int]
     dtype: str
+    scheme: str | None
     zeros: int
     negative_zeros: int
     not_finite: int
@@ -65,13 +67,15 @@ def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tu
     stored = tensor_names(model, checkpoint)
     linears = all_linears(model)
     patterns = checkpoint.facts.patterns if checkpoint.facts else {}
+    schemes = checkpoint.facts.schemes if checkpoint.facts else {}
 
     def rows() -> Iterator[LinearSurvey]:
         for name, linear in linears.items():
             tensor = stored[f"{name}.weight"]
             owner = tensor.removesuffix(".weight")
             weight = linear.turned(checkpoint.read(tensor))
-            yield _survey_linear(name, weight, checkpoint.mask(owner), pattern or patterns.get(owner))
+            keep = checkpoint.mask(owner)
+            yield _survey_linear(name, weight, keep, pattern or patterns.get(owner), schemes.get(owner))
 
     return len(linears), rows()
 
@@ -86,7 +90,9 @@ def damaged_files(checkpoint: Checkpoint, show: Callable[..., Any] = lambda item
     ]
 
 
-def _survey_linear(name: str, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern | None) -> LinearSurvey:
+def _survey_linear(
+    name: str, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern | None, scheme: str | None
+) -> LinearSurvey:
     zero = weight == 0
     pruned = zero if keep is None else ~keep
     violations = 0
@@ -96,6 +102,7 @@ def _survey_linear(name: str, weight: Tensor, keep: Tensor | None, pattern: Spar
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         dtype=str(weight.dtype).removeprefix("torch."),
+        scheme=scheme,
         zeros=int(zero.sum()),
         negative_zeros=int((zero & torch.signbit(weight) & pruned).sum()) if pattern or keep is not None else 0,
         not_finite=int((~weight.isfinite()).sum()),

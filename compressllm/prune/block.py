@@ -10,16 +10,15 @@ from torch import Tensor
 
 from compressllm.calibration.walker import Block
 from compressllm.core.errors import CalibrationError
+from compressllm.core.layererror import relative_error
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import Pruned
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats, Need
-from compressllm.models.record import Rows
+from compressllm.models.journal import Rows
 from compressllm.models.weights import Weights
 from compressllm.prune.dense import check_finite
 from compressllm.prune.sharing import assign_linears, gather_linears_
-
-_ERROR_ROWS = 256  # of which the error is taken: of all, that would cost more than the solvers
 
 
 def prune_block(
@@ -95,21 +94,3 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
         **({"pooled": stats.pooled} if stats.pooled else {}),
         **({"fallback": fallback} if fallback else {}),
     }
-
-
-def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
-    """Squared output error over squared output, ``tr(D G D^T) / tr(W G W^T)``, of at most 256 rows spread evenly.
-
-    With mean squares alone, G is taken as diagonal; with no statistics, as the identity. All (out, in) float32.
-    """
-    every = -(-weight.shape[0] // _ERROR_ROWS)
-    weight, pruned = weight[::every], pruned[::every]
-
-    def energy(matrix: Tensor) -> float:
-        if stats.hessian is not None:
-            return float(((matrix @ stats.hessian) * matrix).sum())
-        squares = matrix.square()
-        return float((squares @ stats.sqnorm).sum() if stats.sqnorm is not None else squares.sum())
-
-    whole = energy(weight)
-    return energy(weight - pruned) / whole if whole else 0.0

@@ -22,8 +22,9 @@ from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
 from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle
+from compressllm.models.journal import Rows
 from compressllm.models.linears import PrunableLinear
-from compressllm.models.record import FolderRecord, FollowingRecord, LiveRecord, Record, Rows, computed_on
+from compressllm.models.record import FolderRecord, FollowingRecord, LiveRecord, Record, computed_on
 from compressllm.models.weights import Weights
 from compressllm.prune.allocation import Plan, allocate
 from compressllm.prune.apportion import planned_sparsity

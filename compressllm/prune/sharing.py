@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressllm.core.ranks import Ranks
 from compressllm.core.stats import InputStats
-from compressllm.models.record import Rows
+from compressllm.models.journal import Rows
 from compressllm.models.weights import Weights
 
 

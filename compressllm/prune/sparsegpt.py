@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from compressllm.core.errors import CalibrationError, PatternError
+from compressllm.core.factor import inverse_factor
 from compressllm.core.parallel import for_chunks
 from compressllm.core.pattern import NM, Group, SparsityPattern, Unstructured, keep_rows
 from compressllm.core.protocols import PRUNERS, Pruned
 from compressllm.core.stats import InputStats, Need
-from compressllm.prune.factor import inverse_factor
 
 _ROWS = 256  # rows that one core changes at once
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compressllm.calibration.windows import evaluation_windows
 from compressllm.core.compute import choose_device, choose_dtype
+from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
@@ -79,7 +80,10 @@ def prepare_linears(
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
-    swapper = Swapper(**_settings(bundle, config), bits=bits)
+    settings = _settings(bundle, config)
+    if bits and settings["quantized"]:
+        raise FormatError(f"the model is quantised already; name the backend alone, without {bits} bits")
+    swapper = Swapper(**settings, bits=bits)
     if bundle.checkpoint is None:
         return bundle.model, swap_linears_(bundle.model, swapper)
     swapper.choose_ahead(_shapes(bundle), dtype, device)
@@ -103,6 +107,7 @@ def _settings(bundle: Bundle, config: EvalConfig) -> dict[str, Any]:
         "other": other,
         "timings": timings,
         "keep_dense": config.keep_dense,
+        "quantized": bundle.quantized(),
     }
 
 

@@ -11,6 +11,7 @@ from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.export.config import ExportConfig
 from compressllm.prune.config import PermuteConfig, PruneConfig
+from compressllm.quantize.config import QuantizeConfig
 from compressllm.recover.config import RecoverConfig
 
 if TYPE_CHECKING:
@@ -89,6 +90,18 @@ def _plan_recover(bundle: Bundle, config: RecoverConfig) -> str:
     )
 
 
+def _quantize(bundle: Bundle, config: QuantizeConfig, run: Run) -> Bundle:
+    from compressllm.quantize.model import quantize_model
+
+    return quantize_model(bundle, config, run)
+
+
+def _plan_quantize(bundle: Bundle, config: QuantizeConfig) -> str:
+    from compressllm.quantize.model import to_quantize
+
+    return f"{config.method}, {len(to_quantize(bundle.model, config.skip))} linears to {config.scheme}"
+
+
 def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
     from compressllm.stages.export import export_stage
 
@@ -107,6 +120,7 @@ STAGES: dict[str, Stage] = {
         Stage("permute", PermuteConfig, _permute, _plan_permute, writes_model=True),
         Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
         Stage("recover", RecoverConfig, _recover, _plan_recover, writes_model=True, shared=True),
+        Stage("quantize", QuantizeConfig, _quantize, _plan_quantize, writes_model=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
         Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
     )

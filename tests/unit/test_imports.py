@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "recover", "export", "eval", "select"}
+METHODS = {"prune", "recover", "quantize", "export", "eval", "select"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -19,12 +19,14 @@ MAY_IMPORT = {
     "calibration": {"models", "core"},
     "prune": {"calibration", "models", "core"},
     "recover": {"calibration", "models", "core", "compressllm"},
+    "quantize": {"calibration", "models", "core"},
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
     "select": {"calibration", "models", "core"},
     "stages": {
         "prune",
         "recover",
+        "quantize",
         "export",
         "eval",
         "select",
@@ -42,6 +44,7 @@ MAY_IMPORT = {
         "stages",
         "prune",
         "recover",
+        "quantize",
         "export",
         "eval",
         "select",

@@ -69,5 +69,5 @@ def test_parts_that_do_not_fit(change, message):
 
 def test_weights_float16_cannot_scale():
     weight, keep = sparse()
-    with pytest.raises(FormatError, match="8-bit scales are float16"):
+    with pytest.raises(FormatError, match="scales of int8-g32 are float16"):
         quantize_absmax(weight * 1e8, keep, 8, 32)

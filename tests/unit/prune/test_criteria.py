@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from compressllm.core.errors import CalibrationError, RecipeError
+from compressllm.core.layererror import relative_error
 from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
 from compressllm.core.stats import InputStats, StatsAccumulator
-from compressllm.prune.block import relative_error
 
 NOTHING = InputStats(tokens=0)
 

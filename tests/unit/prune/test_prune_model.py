@@ -20,7 +20,7 @@ from compressllm.core.errors import CalibrationError, FormatError, RunError
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.run import Run
-from compressllm.models import record
+from compressllm.models import journal, record
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.checkpoint import Checkpoint
@@ -447,7 +447,7 @@ def test_a_block_that_is_written_but_not_noted_is_pruned_again(
         path.write_text(json.dumps(value))
 
     with monkeypatch.context() as patch:
-        patch.setattr(record, "write_json", write_json)
+        patch.setattr(journal, "write_json", write_json)
         with pytest.raises(KilledError):
             prune_folder(folder, settings(ids), tmp_path / "out")
     prune_folder(folder, settings(ids), tmp_path / "out")

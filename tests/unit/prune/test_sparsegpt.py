@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressllm.core import factor
 from compressllm.core.errors import CalibrationError, PatternError, RecipeError
+from compressllm.core.factor import inverse_factor
+from compressllm.core.layererror import relative_error
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS
 from compressllm.core.registry import build
 from compressllm.core.stats import InputStats
-from compressllm.prune import factor, sparsegpt
-from compressllm.prune.block import relative_error
-from compressllm.prune.factor import inverse_factor
+from compressllm.prune import sparsegpt
 from compressllm.prune.sparsegpt import SparseGPT, compensate
 
 ROWS, COLUMNS = 10, 24

@@ -1,4 +1,4 @@
-"""The triangular factor of an inverse Hessian, which second-order pruners walk along."""
+"""The triangular factor of an inverse Hessian, which second-order methods walk along."""
 
 from __future__ import annotations
 

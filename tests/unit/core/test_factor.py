@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressllm.core import factor as home
 from compressllm.core.errors import CalibrationError
+from compressllm.core.factor import factorize, inverse_factor
 from compressllm.core.stats import InputStats
-from compressllm.prune import factor as home
-from compressllm.prune.factor import factorize, inverse_factor
 
 
 @pytest.fixture(autouse=True)

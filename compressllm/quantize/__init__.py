@@ -1,0 +1,1 @@
+"""Quantisation of weights that leaves the mask as it is."""
