@@ -8,6 +8,7 @@ os.environ["COMPRESSLLM_MEASURE"] = "0"  # no test depends on how fast this mach
 
 import multiprocessing
 import pickle
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -162,7 +163,11 @@ def launch() -> Callable[..., list[Any]]:
         for rank in range(size):
             end, other = context.Pipe(duplex=False)
             process = context.Process(target=_launched, args=(work, rank, size, store.port, other), daemon=True)
-            process.start()
+            # Forked from a thread of its own: OpenMP's threads belong to the one that used them, and a child of that one
+            # would wait for threads that it does not have.
+            starter = threading.Thread(target=process.start)
+            starter.start()
+            starter.join()
             other.close()
             processes.append(process)
             ends.append(end)
