@@ -163,7 +163,7 @@ def launch() -> Callable[..., list[Any]]:
         for rank in range(size):
             end, other = context.Pipe(duplex=False)
             process = context.Process(target=_launched, args=(work, rank, size, store.port, other), daemon=True)
-            # Forked from a thread of its own: OpenMP's threads belong to the one that used them, and a child of that one
+            # Forked from a thread of its own: OpenMP's threads belong to the one that used them, and a child of it
             # would wait for threads that it does not have.
             starter = threading.Thread(target=process.start)
             starter.start()
