@@ -19,7 +19,7 @@ test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 test-gpu: ## the tests that need a CUDA device, with GPU_PYTHON
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) -m pytest -vv -m gpu tests/gpu
 
 bench-gpu: ## 2:4 kernels on a GPU against dense ones, and a model of 8B shape, with GPU_PYTHON
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_kernels.py

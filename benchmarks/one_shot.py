@@ -15,18 +15,15 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from calibrated import add_options, measure_rows
 from prune_speed import run_process
 
-from compressllm.calibration.windows import load_windows
 from compressllm.models.bundle import open_bundle
-from compressllm.stages.environment import environment
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "one_shot.json"
@@ -100,54 +97,35 @@ def measure(row: str, pattern: str, ids: Path, options: argparse.Namespace, scra
 def main() -> None:
     """Measure the rows that are missing, print them, and keep the JSON up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", default="c4", help="text to calibrate on")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
-    parser.add_argument("--data", default="wikitext2", help="WikiText-2 raw test: wikitext2, or a file of its rows")
-    parser.add_argument("--eval-seqlen", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=16, help="only the first so many")
+    add_options(parser, RESULT)
     parser.add_argument("--patterns", default="2:4")
     parser.add_argument("--rows", default="dense,magnitude,wanda,ria,sparsegpt,admm,dsnot")
     parser.add_argument("--reference", action="append", default=[], help="METHOD=CLONE of the authors' code")
     parser.add_argument("--reference-python", default=sys.executable)
     parser.add_argument("--dtype", default="float32", help="dtype the authors' code computes in")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that are in the file")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     options.clones = dict(pair.split("=", 1) for pair in options.reference)
 
     bundle = open_bundle(options.model)
     options.folder = bundle.checkpoint.folder if bundle.checkpoint else None
-    windows = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen)
-    facts = windows.facts() | {"source": Path(str(options.calibration)).name}
-    record: dict[str, Any] = {"results": []}
-    if options.out.exists():
-        record = json.loads(options.out.read_text())
-        if record["calibration"]["ids_sha256"] != facts["ids_sha256"]:
-            sys.exit(f"{options.out}: was measured with other calibration ids; name another file")
-    record |= {
+    about = {
         "what": "WikiText-2 raw test perplexity, seconds and peak bytes of one-shot pruning",
         "command": "python benchmarks/one_shot.py --rows ROWS --patterns PATTERNS, see benchmarks/README.md",
-        "model": options.model,
-        "calibration": facts,
-        "environment": environment(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        ids = Path(folder) / "ids.npy"
-        np.save(ids, windows.ids.numpy())
-        for pattern in options.patterns.split(","):
-            for row in options.rows.split(","):
-                key = (row, "dense" if row == "dense" else pattern)
-                have = [one for one in record["results"] if (one["row"], one["pattern"]) == key]
-                if have and not options.again:
-                    continue
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    made = measure(*key, ids, options, Path(scratch))
-                record["results"] = [one for one in record["results"] if one not in have] + [made]
-                shown = {k: v for k, v in made.items() if k.endswith("seconds")}
-                print(f"{pattern:6} {row:28} {made['perplexity']:10.3f} {shown}", flush=True)
-                options.out.write_text(json.dumps(record, indent=2) + "\n")
+    keys = [
+        {"row": row, "pattern": "dense" if row == "dense" else pattern}
+        for pattern in options.patterns.split(",")
+        for row in options.rows.split(",")
+    ]
+
+    def show(made: dict[str, Any]) -> str:
+        seconds = {key: value for key, value in made.items() if key.endswith("seconds")}
+        return f"{made['pattern']:6} {made['row']:28} {made['perplexity']:10.3f} {seconds}"
+
+    measure_rows(
+        options, bundle, about, keys,
+        lambda key, ids, scratch: measure(key["row"], key["pattern"], ids, options, scratch), show,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

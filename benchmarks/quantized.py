@@ -13,21 +13,18 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from calibrated import add_options, measure_rows
 from prune_speed import run_process
 
-from compressllm.calibration.windows import load_windows
 from compressllm.export.writer import exported_sizes
 from compressllm.models.bundle import open_bundle
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.resolve import resolve_model
-from compressllm.stages.environment import environment
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "quantized.json"
@@ -88,51 +85,26 @@ def measure(row: str, ids: Path, options: argparse.Namespace, scratch: Path) -> 
 def main() -> None:
     """Measure the rows that are missing, print them, and keep the JSON up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
     parser.add_argument("--method", default="sparsegpt", help="what prunes a pattern that --pruned does not give")
     parser.add_argument("--pruned", action="append", default=[], help="PATTERN=FOLDER of a pruned checkpoint")
-    parser.add_argument("--calibration", default="c4", help="text to calibrate on")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
-    parser.add_argument("--data", default="wikitext2", help="WikiText-2 raw test: wikitext2, or a file of its rows")
-    parser.add_argument("--eval-seqlen", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=16, help="only the first so many")
     parser.add_argument("--backend", default="dense", help="what runs the sparse linears; dense rounds nothing more")
     parser.add_argument("--dtype", default="float32", help="dtype of the evaluation")
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--again", action="store_true", help="measure rows anew that are in the file")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    add_options(parser, RESULT)
     options = parser.parse_args()
     options.pruned = dict(pair.split("=", 1) for pair in options.pruned)
 
     bundle = open_bundle(options.model)
-    windows = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen)
-    facts = windows.facts() | {"source": Path(str(options.calibration)).name}
-    record: dict[str, Any] = {"results": []}
-    if options.out.exists():
-        record = json.loads(options.out.read_text())
-        if record["calibration"]["ids_sha256"] != facts["ids_sha256"]:
-            sys.exit(f"{options.out}: was measured with other calibration ids; name another file")
-    record |= {
+    about = {
         "what": "WikiText-2 raw test perplexity and bytes of quantised sparse models",
         "command": "python benchmarks/quantized.py --rows ROWS, see benchmarks/README.md",
-        "model": options.model,
         "pruned": {pattern: Path(folder).name for pattern, folder in options.pruned.items()} or options.method,
-        "calibration": facts,
-        "environment": environment(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        ids = Path(folder) / "ids.npy"
-        np.save(ids, windows.ids.numpy())
-        for row in options.rows.split(","):
-            have = [one for one in record["results"] if one["row"] == row]
-            if have and not options.again:
-                continue
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = measure(row, ids, options, Path(scratch))
-            record["results"] = [one for one in record["results"] if one not in have] + [made]
-            print(f"{row:24} {made['perplexity']:10.3f} {made['bytes'] / 1e6:10.1f} MB", flush=True)
-            options.out.write_text(json.dumps(record, indent=2) + "\n")
+    measure_rows(
+        options, bundle, about, [{"row": row} for row in options.rows.split(",")],
+        lambda key, ids, scratch: measure(key["row"], ids, options, scratch),
+        lambda made: f"{made['row']:24} {made['perplexity']:10.3f} {made['bytes'] / 1e6:10.1f} MB",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
