@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -52,6 +52,11 @@ class Bundle:
             swap: As `load_model` takes it; not called for the bundle's own model.
         """
         return self.model if self.checkpoint is None else load_model(self.checkpoint, dtype, device, swap)
+
+    def check_masks(self, but: Collection[str] = ()) -> None:
+        """Raise FormatError if the checkpoint calls a linear sparse whose mask it lacks, those of ``but`` aside."""
+        if self.checkpoint and (lost := self.patterns.keys() - self.masks.keys() - set(but)):
+            raise FormatError(f"{self.checkpoint.folder}: says that {min(lost)} is sparse, but holds no mask of it")
 
     def quantized(self) -> dict[str, StoredCodes]:
         """Linear name -> its codes, left on disk, of the linears that are quantised."""

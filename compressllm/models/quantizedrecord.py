@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
-from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore
 from compressllm.core.packedcodes import codes_layout, pack_codes, unpack_codes
 from compressllm.core.pattern import SparsityPattern, Unstructured
@@ -62,8 +61,7 @@ class QuantizedRecord:
         if bundle.checkpoint is None:
             raise TypeError("a QuantizedRecord needs a bundle whose weights are in a checkpoint")
         self._source, self._bundle = bundle.checkpoint, bundle
-        if lost := bundle.patterns.keys() - bundle.masks.keys():
-            raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
+        bundle.check_masks()
         linears, tensors = all_linears(bundle.model), tensor_names(bundle.model, self._source)
         held = {n: one for n, one in linears.items() if n in names or n in bundle.masks}
         self._stored = {name: tensors[f"{name}.weight"].removesuffix(".weight") for name in held}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
-from compressllm.core.errors import FormatError
 from compressllm.core.masks import MaskStore, PackedMask, pack_bits
 from compressllm.core.pattern import SparsityPattern
 from compressllm.models.blocks import all_linears, find_blocks
@@ -95,8 +94,7 @@ class FolderRecord:
             raise TypeError("a FolderRecord needs a bundle whose weights are in a checkpoint")
         self._source, self._bundle = bundle.checkpoint, bundle
         self._patterns = {**bundle.patterns, **patterns}
-        if lost := bundle.patterns.keys() - patterns.keys() - bundle.masks.keys():
-            raise FormatError(f"{self._source.folder}: says that {min(lost)} is sparse, but holds no mask of it")
+        bundle.check_masks(but=patterns)
         self._journal = Journal(folder, {**fingerprint, **computed_on(self._source, dtype, device)})
         self.rows, self.done = self._journal.rows, len(self._journal.blocks)
         self._out = ShardWriter(self._journal.work, self._source.specs)
