@@ -3,9 +3,9 @@
     python benchmarks/recovery_texts.py COLLECTIONS WIKITEXT OUT
 
 COLLECTIONS is a folder of JSON lines with a `text` each: books_*, openwebtext_*, openstax_* and others. WIKITEXT is the
-training part of WikiText-2, as JSON lines with a `text`; where it is the form with `<unk>` in it, lines with one are left
-out. Written: OUT/wikitext.jsonl.gz and OUT/other.jsonl.gz to train on, OUT/eval_{books,web,textbooks}.jsonl.gz to evaluate
-on. Of the books whole ones are held back, of the rest every tenth document.
+training part of WikiText-2, as JSON lines with a `text`; where it is the form with `<unk>` in it, lines with one are
+left out. Written: OUT/wikitext.jsonl.gz and OUT/other.jsonl.gz to train on, and OUT/eval_{books,web,textbooks}.jsonl.gz
+to evaluate on. Of the books whole ones are held back, of the rest every tenth document.
 """
 
 from __future__ import annotations
