@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from compressllm.cli.arguments import AsJson, Model, Out
-from compressllm.cli.output import bytes_text, flag, given, print_json, results, show
+from compressllm.cli.output import bytes_text, flag, given, print_json, results, show, warn
 from compressllm.export.config import ExportConfig
+
+if TYPE_CHECKING:
+    from compressllm.models.checkpoint import Checkpoint
 
 
 def export(
@@ -16,13 +22,38 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in the form it is shipped in; it is re-read and compared bit by bit."""
-    from compressllm.export.writer import export_model, exported_sizes
     from compressllm.models.checkpoint import Checkpoint
     from compressllm.models.resolve import resolve_model
     from compressllm.stages.recipe import make_config
 
     config = make_config(ExportConfig, given(format=format))
-    facts = export_model(Checkpoint(resolve_model(model)), out, config.format, show)
+    export_and_print(Checkpoint(resolve_model(model)), out, config.format, as_json)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id or folder in the format sparse-24-bitmask or sparse-bitmask.")],
+    out: Out,
+    format: Annotated[str | None, flag(ExportConfig, "format")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a sparse checkpoint of llm-compressor, which newer loaders do not read any more, into one of ours."""
+    from compressllm.models.compressedtensors import BitmaskCheckpoint
+    from compressllm.models.resolve import resolve_model
+    from compressllm.stages.recipe import make_config
+
+    config = make_config(ExportConfig, given(format=format))
+    source = BitmaskCheckpoint(resolve_model(model))
+    if source.quantised:
+        warn("the model is quantised, and what is written is not: its codes become plain numbers, which are larger")
+    export_and_print(source, out, config.format, as_json)
+
+
+def export_and_print(source: Checkpoint, out: Path, format: str, as_json: bool) -> None:
+    """Export a checkpoint and print how large it has become."""
+    from compressllm.export.writer import export_model, exported_sizes
+    from compressllm.models.checkpoint import Checkpoint
+
+    facts = export_model(source, out, format, show)
     sizes = exported_sizes(Checkpoint(out))
     total = sum(path.stat().st_size for path in out.iterdir())
     if as_json:

@@ -53,23 +53,28 @@ class Checkpoint:
 
     def config(self) -> PreTrainedConfig:
         """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
-        try:
-            if not isinstance(json.loads((self.folder / "config.json").read_text()), dict):
-                raise ValueError("holds no mapping of settings")
-            config = AutoConfig.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None
-        except StrictDataclassError as error:  # only its second line says what is wrong
-            raise FormatError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from None
+        config = self._stored_config()
         quantization = getattr(config, "quantization_config", None)
         if self._format is not None and hasattr(config, "quantization_config"):
             del config.quantization_config  # what we read is plain weights, and so is what is built from this config
         elif quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-            raise UnsupportedModelError(
-                f"{self.folder}: is quantised ({method}); dequantise it first, or start from the original weights"
-            )
+            described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            mend = "dequantise it first, or start from the original weights"
+            if described.get("sparsity_config"):
+                mend = "if its zeros are stored as a bitmask, `compressllm convert` reads it"
+            raise UnsupportedModelError(f"{self.folder}: is quantised ({described.get('quant_method')}); {mend}")
         return config
+
+    def _stored_config(self) -> PreTrainedConfig:
+        """The config as it is written. Raises FormatError if it cannot be read."""
+        try:
+            if not isinstance(json.loads((self.folder / "config.json").read_text()), dict):
+                raise ValueError("holds no mapping of settings")
+            return AutoConfig.from_pretrained(self.folder)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None
+        except StrictDataclassError as error:  # only its second line says what is wrong
+            raise FormatError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
