@@ -14,6 +14,9 @@ from compressllm.cli.running import run_and_print
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one from `compressllm recipe ls`.")],
     out: Out,
+    model: Annotated[
+        str | None, typer.Option(help="Run it on this model: a family of the recipe, as qwen3, or any other model.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in stages.0.prune.pattern=4:8.")] = None,
     resume: Resume = True,
     dry_run: Annotated[
@@ -26,7 +29,7 @@ def run(
     from compressllm.stages.runner import check_recipe
     from compressllm.stages.shipped import find_recipe
 
-    resolved = read_recipe(find_recipe(recipe), set_ or ())
+    resolved = read_recipe(find_recipe(recipe), set_ or (), model)
     if dry_run:
         for line in check_recipe(resolved):
             say(line)

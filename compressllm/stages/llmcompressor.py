@@ -15,7 +15,14 @@ from compressllm.stages.yamltext import read_yaml
 _CALIBRATION: Final = {"source": "c4", "samples": 128, "seqlen": 2048}
 
 #: Preset schemes that ours has an equal of; the case does not matter.
-_SCHEMES: Final = {"w4a16": "int4-g128", "w8a16": "int8", "w8a8": "int8", "int8": "int8", "fp8": "fp8", "fp8_dynamic": "fp8"}
+_SCHEMES: Final = {
+    "w4a16": "int4-g128",
+    "w8a16": "int8",
+    "w8a8": "int8",
+    "int8": "int8",
+    "fp8": "fp8",
+    "fp8_dynamic": "fp8",
+}
 
 #: What is never pruned or quantised by ours, so that it need not be left out.
 _NEVER: Final = {"lm_head", "embed_tokens", "gate", "router"}
@@ -77,7 +84,9 @@ class _Modifier(NamedTuple):
     trains: bool
 
 
-def _modifiers(fields: Mapping[str, Any], notes: list[str], where: str = "", trains: bool = False) -> Iterator[_Modifier]:
+def _modifiers(
+    fields: Mapping[str, Any], notes: list[str], where: str = "", trains: bool = False
+) -> Iterator[_Modifier]:
     for key, value in fields.items():
         place = f"{where}{key}"
         if isinstance(value, Mapping) and str(key).endswith("stage"):

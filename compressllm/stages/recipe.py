@@ -44,6 +44,21 @@ _AnyItem: Any = Annotated[
 ]
 
 
+class Family(Config):
+    """A family of models that a recipe is meant for, by one of them, and what it costs there."""
+
+    model: str = Field(min_length=1)
+    """Hub id."""
+    gpus: int = Field(default=1, ge=1)
+    """GPUs that it needs at once."""
+    gpu_hours: float = Field(gt=0)
+    """Of H100s, all of them together."""
+    gpu_gb: float = Field(gt=0)
+    """Memory of each GPU that it fills, in decimal gigabytes."""
+    measured: bool = False
+    """Whether that was measured, or worked out as docs/recipes.md says."""
+
+
 class Recipe(Config):
     """What to do to which model."""
 
@@ -53,6 +68,8 @@ class Recipe(Config):
     """The same seed gives the same masks, bit for bit."""
     description: str = ""
     """One line, shown by `compressllm recipe ls`."""
+    families: dict[str, Family] = Field(default_factory=dict)
+    """Other models it is meant for, by a short name that `compressllm run --model` takes."""
     stages: tuple[_AnyItem, ...]
     """Stages in order, each a single key with its settings."""
 
@@ -78,7 +95,7 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
-        return dump_yaml(self.model_dump(mode="json"))
+        return dump_yaml(self.model_dump(mode="json", exclude=None if self.families else {"families"}))
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
@@ -119,10 +136,11 @@ def switch_or_mapping(text: str | None, flag: str) -> Any:
     return parse_yaml(text, flag)[0] if text is not None else None
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
     """A recipe from a YAML file.
 
     Args:
+        model: In place of the recipe's own, wherever it names it: one of its ``families``, or any model.
         overrides: ``stages.0.prune.pattern=4:8`` and the like, put over what the file says.
 
     Raises: RecipeError with every mistake and its line.
@@ -130,12 +148,24 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     fields, root = read_yaml(path)
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: holds {type(fields).__name__}, not a mapping with model and stages")
+    if model is not None:
+        family = (fields.pop("families", None) or {}).get(model, {})
+        fields = _replaced(fields, fields.get("model"), family.get("model", model))
     for override in overrides:
         _override(fields, override)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{path}{line}" for line in _explain(error, root))) from None
+
+
+def _replaced(value: Any, old: Any, new: str) -> Any:
+    """The same data with another model in the place of the recipe's own."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(each, old, new) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_replaced(each, old, new) for each in value]
+    return new if value == old and isinstance(value, str) else value
 
 
 def _override(fields: dict[str, Any], text: str) -> None:
