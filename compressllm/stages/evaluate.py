@@ -4,43 +4,67 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from compressllm.calibration.windows import evaluation_windows
+from compressllm.calibration.windows import Windows, evaluation_windows
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
+from compressllm.eval.harness import check_tasks, measure_tasks
+from compressllm.eval.parent import Answers, agreement, answers
 from compressllm.eval.perplexity import perplexity
 from compressllm.kernels.linear import Choice
 from compressllm.kernels.measured import Timings, measuring
 from compressllm.kernels.swapper import Swapper, swap_linears_
-from compressllm.models.bundle import Bundle
+from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.linears import held_otherwise
 
 
+#: Of what `measure` returns; raised when a key changes its meaning or goes.
+SCHEMA: Final = 1
+
+
 def evaluate_stage(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
-    """Measure the bundle's perplexity into ``run.metrics``; the bundle goes on unchanged."""
+    """Measure the bundle into ``run.metrics``; the bundle goes on unchanged."""
     run.metrics.update(measure(bundle, config, run))
     return bundle
 
 
 def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
-    """Perplexity and the protocol it was measured under.
+    """What was asked for: perplexity and its protocol, agreement with the parent, tasks.
 
-    Raises: CalibrationError, FormatError, BackendUnavailableError.
+    Raises: CalibrationError, FormatError, RecipeError, BackendUnavailableError.
     """
-    windows = evaluation_windows(
-        config.source,
+    check_tasks(config)
+    windows = _windows(bundle, config) if config.text else None
+    parent = _parent_answers(bundle, config, windows, run) if windows and config.parent else None
+    model, backends = prepare(bundle, config)
+    found: dict[str, Any] = {"schema": SCHEMA}
+    if windows:
+        found |= _measure_text(model, windows, run)
+    found["backends"] = backends
+    if windows and parent:
+        found["agreement"] = {"parent": config.parent, **agreement(parent, answers(model, windows.ids, run.track))}
+    if config.tasks:
+        found["tasks"] = measure_tasks(model, bundle.tokenizer, config)
+    return found
+
+
+def _windows(bundle: Bundle, config: EvalConfig) -> Windows:
+    return evaluation_windows(
+        config.text or "",
         bundle.tokenizer,
         seqlen=config.seqlen,
         limit=config.windows,
         max_seqlen=bundle.max_seqlen,
         vocab_size=bundle.vocab_size,
     )
-    model, backends = prepare(bundle, config)
+
+
+def _measure_text(model: PreTrainedModel, windows: Windows, run: Run) -> dict[str, Any]:
     result = perplexity(model, windows.ids, progress=run.track)
     return {
         "perplexity": result.perplexity,
@@ -49,13 +73,23 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
         "windows": result.windows,
         "seqlen": result.seqlen,
         "dtype": result.dtype,
-        "backends": backends,
         "source": windows.source,
         "ids_sha256": windows.sha256,
         "text_sha256": windows.text_sha256,
         "protocol": f"{windows.rule}; {result.protocol}",
         "window_nll": list(result.window_nll),
     }
+
+
+def _parent_answers(bundle: Bundle, config: EvalConfig, windows: Windows, run: Run) -> Answers:
+    """The dense parent's, which is out of memory again before the model is loaded."""
+    dense = open_bundle(str(config.parent))
+    if dense.vocab_size != bundle.vocab_size:
+        raise FormatError(
+            f"{config.parent}: has a vocabulary of {dense.vocab_size}, the model of {bundle.vocab_size}; is it its parent?"
+        )
+    model, _ = prepare(dense, config)
+    return answers(model, windows.ids, run.track)
 
 
 def prepare(bundle: Bundle, config: EvalConfig) -> tuple[PreTrainedModel, dict[str, Any]]:

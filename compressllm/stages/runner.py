@@ -13,6 +13,8 @@ from compressllm.calibration.source import open_source
 from compressllm.core.config import Config
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.run import Run, Track, untracked
+from compressllm.eval.config import EvalConfig
+from compressllm.eval.harness import check_tasks
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.facts import read_facts
 from compressllm.stages.environment import PeakMemory
@@ -87,14 +89,16 @@ def _assist(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Find out now that a later stage's text is not there, rather than hours into the run.
+    """Find out now that a later stage's text or tasks are not there, rather than hours into the run.
 
-    Raises: RecipeError, CalibrationError.
+    Raises: RecipeError, CalibrationError, BackendUnavailableError.
     """
     for _, config in recipe.steps():
         for holder in (config, getattr(config, "calibration", None)):
             if spec := getattr(holder, "source", None):
                 open_source(spec)
+        if isinstance(config, EvalConfig):
+            check_tasks(config)
         for spec in getattr(config, "data", ()):
             open_source(spec)
 

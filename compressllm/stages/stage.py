@@ -114,6 +114,10 @@ def _evaluate(bundle: Bundle, config: EvalConfig, run: Run) -> Bundle:
     return evaluate_stage(bundle, config, run)
 
 
+def _plan_evaluate(bundle: Bundle, config: EvalConfig) -> str:
+    return ", ".join([*([str(config.text)] if config.text else []), *config.tasks])
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -122,6 +126,6 @@ STAGES: dict[str, Stage] = {
         Stage("recover", RecoverConfig, _recover, _plan_recover, writes_model=True, shared=True),
         Stage("quantize", QuantizeConfig, _quantize, _plan_quantize, writes_model=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
-        Stage("eval", EvalConfig, _evaluate, lambda bundle, config: str(config.source), writes_model=False),
+        Stage("eval", EvalConfig, _evaluate, _plan_evaluate, writes_model=False),
     )
 }

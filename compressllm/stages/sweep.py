@@ -57,7 +57,7 @@ def sweep_model(
 
     Source: the protocol of Jaiswal et al., The Emergence of Essential Sparsity, arXiv 2306.03805, for the defaults.
     """
-    open_source(config.evaluation.source)
+    open_source(config.evaluation.text or "builtin")
     open_source(config.calibration.source)
     bundle = open_bundle(model)
     made = not out.exists()
