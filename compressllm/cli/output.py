@@ -66,11 +66,17 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{math.floor(seconds / 60)} min {round(seconds % 60):02d} s"
 
 
-def flag(config: type[BaseModel], name: str, more: str = "") -> Any:
-    """The option that sets a config's field: help and default are the field's own."""
+def flag(config: type[BaseModel], name: str, more: str = "", names: tuple[str, ...] = ()) -> Any:
+    """The option that sets a config's field: help and default are the field's own.
+
+    Args:
+        names: Names of the option besides the field's, which is then taken with underscores too, as lm-eval has it.
+    """
     field = config.model_fields[name]
     text = f"{(field.description or '').replace('`', '')} {more}".strip()
-    return typer.Option(help=text, show_default=str(field.default) if field.default not in (None, ()) else False)
+    spelled = tuple(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}", *names))) if names else ()
+    shown = str(field.default) if field.default not in (None, ()) else False
+    return typer.Option(*spelled, help=text, show_default=shown)
 
 
 def given(**flags: Any) -> dict[str, Any]:

@@ -22,9 +22,7 @@ class Drop(NamedTuple):
     high: float
 
 
-def paired_drop(
-    before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], confidence: float = 0.95
-) -> Drop:
+def paired_drop(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], confidence: float = 0.95) -> Drop:
     """The drop of the mean over tasks of the accuracy, and bounds on it, from the same items' scores.
 
     Only items that one model has right and the other wrong tell the two apart. With b of n lost and c gained, the drop
@@ -53,14 +51,14 @@ def paired_drop(
 
 
 def unpaired_drop(
-    before: tuple[float, float], after: tuple[float, float], confidence: float = 0.95
+    before: tuple[float, float | None], after: tuple[float, float | None], confidence: float = 0.95
 ) -> Drop:
-    """The drop between two accuracies, each with its standard error, whose items' scores are not known.
+    """The drop between two accuracies, each with its standard error if known, whose items' scores are not.
 
     Wider than `paired_drop`, as if the two had been asked different items.
     """
     value = before[0] - after[0]
-    return _bounded(value, value, math.hypot(before[1], after[1]), confidence)
+    return _bounded(value, value, math.hypot(before[1] or 0.0, after[1] or 0.0), confidence)
 
 
 def _bounded(value: float, centre: float, error: float, confidence: float) -> Drop:

@@ -1,4 +1,4 @@
-"""The perplexity gate: a baseline on disk, and whether a new measurement is within reach of it."""
+"""The gate: a baseline on disk, and whether a new measurement is worse than it by more than is allowed and chance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compressllm.core.errors import FormatError, RecipeError
+from compressllm.eval.accuracy import Drop
+from compressllm.eval.paired import Rise, paired_rise
 
 #: Two measurements compare only if they agree on all of these.
 _SAME = ("ids_sha256", "seqlen", "windows", "dtype")
@@ -49,9 +51,24 @@ def find_baseline(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def increase(baseline: Mapping[str, Any], measured: Mapping[str, Any]) -> float:
-    """Relative rise in perplexity, negative if it fell."""
-    return float(measured["perplexity"]) / float(baseline["perplexity"]) - 1.0
+def rise_between(
+    baseline: Mapping[str, Any], measured: Mapping[str, Any], confidence: float = 0.95
+) -> tuple[Rise, bool]:
+    """Relative rise in perplexity with bounds, and whether they are of the same windows' losses.
+
+    Without losses by window on both sides both bounds are the value.
+    """
+    before, after = baseline.get("window_nll") or [], measured.get("window_nll") or []
+    if len(before) == len(after) > 0:
+        return paired_rise(before, after, confidence), True
+    return Rise(*[float(measured["perplexity"]) / float(baseline["perplexity"]) - 1.0] * 3), False
+
+
+def judge(change: Rise | Drop, allowed: float) -> str:
+    """``passed``; ``failed`` if it is over the limit beyond chance; ``within noise`` if over, but not beyond chance."""
+    if not change.low <= allowed:  # so that nan, of two ruined models, fails
+        return "failed"
+    return "within noise" if change.value > allowed else "passed"
 
 
 def read_baseline(path: Path) -> list[dict[str, Any]]:

@@ -52,7 +52,9 @@ def measure_tasks(
     manager, files = open_manager(config.tasks), find_task_files(config.tasks, config.task_files)
     groups = {name: load_tasks(manager, name, files.get(name), config.num_fewshot) for name in config.tasks}
     found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=config.batch_size),  # sets a pad token
+        model=HFLM(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=config.batch_size
+        ),  # sets a pad token
         tasks=[task for group in groups.values() for task in group],
         num_fewshot=config.num_fewshot,
         limit=int(config.limit) if config.limit and config.limit >= 1 else config.limit,

@@ -125,7 +125,8 @@ def _spec(name: str, file: TaskFile) -> dict[str, Any]:
         return {"group": f"{name}-from-a-file", "task": [{"task": name, **_items(items, examples), **prepared}]}
     subjects, shown = _by_subject(items), _by_subject(examples)
     members = [
-        {"task": f"mmlu_{subject}", **_items(rows, shown.get(subject, []))} for subject, rows in sorted(subjects.items())
+        {"task": f"mmlu_{subject}", **_items(rows, shown.get(subject, []))}
+        for subject, rows in sorted(subjects.items())
     ]
     return {"group": "mmlu-from-a-file", "task": members}
 

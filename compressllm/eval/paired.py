@@ -42,8 +42,8 @@ def paired_rise(before: Sequence[float], after: Sequence[float], confidence: flo
         confidence: Of each bound on its own, above 0.5.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, the percentile interval; Koehn, Statistical
-        Significance Tests for Machine Translation Evaluation, EMNLP 2004, for its paired form; Hesterberg, What Teachers
-        Should Know about the Bootstrap, 2015, section 5.3, for the expanded percentiles.
+        Significance Tests for Machine Translation Evaluation, EMNLP 2004, for its paired form; Hesterberg, What
+        Teachers Should Know about the Bootstrap, 2015, for the expanded percentiles.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     count = len(difference)
@@ -67,8 +67,8 @@ def _expanded(beyond: float, count: int) -> float:
     return NormalDist().cdf(math.sqrt(count / (count - 1)) * student_quantile(beyond, count - 1))
 
 
-def student_quantile(share: float, freedom: int) -> float:
-    """The value that a share of Student's distribution lies below; to 1 % from 3 degrees of freedom for shares from 0.01.
+def student_quantile(share: float, freedom: float) -> float:
+    """The value that a share of Student's distribution lies below, to 1 % from 3 degrees of freedom and shares of 0.01.
 
     Source: Abramowitz and Stegun, 26.7.5.
     """

@@ -69,7 +69,7 @@ def agreement(parent: Answers, model: Answers) -> dict[str, Any]:
         "new_tokens": length,
         "protocol": (
             f"next_token: share of {parent.following.numel()} tokens of text after which both find the same token "
-            f"likeliest; same_prefix: of {length} tokens written greedily after each of {prompts} prompts, how many are "
-            "the same before the first that is not, mean"
+            f"likeliest; same_prefix: of {length} tokens written greedily after each of {prompts} prompts, the mean "
+            "number of the same ones before the first that is not"
         ),
     }

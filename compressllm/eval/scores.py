@@ -84,7 +84,7 @@ def pooled(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main_metric(result: Mapping[str, Any]) -> str:
     """The metric a task's result is known by: acc_norm, acc or exact_match, or else its first."""
-    metrics = list(result["metrics"])
+    metrics: list[str] = list(result["metrics"])
     for wanted in _MAIN:
         for metric in metrics:
             if metric.partition(",")[0] == wanted:

@@ -22,7 +22,6 @@ from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.linears import held_otherwise
 
-
 #: Of what `measure` returns; raised when a key changes its meaning or goes.
 SCHEMA: Final = 1
 
@@ -86,7 +85,8 @@ def _parent_answers(bundle: Bundle, config: EvalConfig, windows: Windows, run: R
     dense = open_bundle(str(config.parent))
     if dense.vocab_size != bundle.vocab_size:
         raise FormatError(
-            f"{config.parent}: has a vocabulary of {dense.vocab_size}, the model of {bundle.vocab_size}; is it its parent?"
+            f"{config.parent}: has a vocabulary of {dense.vocab_size}, the model of {bundle.vocab_size}; "
+            "give the model it was made from"
         )
     model, _ = prepare(dense, config)
     return answers(model, windows.ids, run.track)
