@@ -30,11 +30,12 @@ class Rise(NamedTuple):
 def paired_rise(before: Sequence[float], after: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Rise:
     """The rise from one model's windows to another's, and bounds on it; the same every time.
 
-    Both models are scored on the same windows, so what makes a window hard falls out of the difference. Windows are
-    drawn again with replacement; of the rises, ``exp(mean difference) - 1``, each bound is the quantile that leaves
-    ``1 - confidence`` beyond it, or fewer where windows are few: resamples of n windows vary by ``(n - 1) / n`` of what
-    means of n windows do, and a variance taken from n windows wants Student's distribution. The bounds say nothing of
-    what another seed of calibration would have given.
+    Both models are scored on the same windows, so what makes a window hard falls out of the difference. Runs of windows
+    that follow each other, as many as the cube root of all, are drawn again with replacement, the end followed by the
+    beginning: neighbours are of one document and alike. Of the rises, ``exp(mean difference) - 1``, each bound is the
+    quantile that leaves ``1 - confidence`` beyond it, or less where runs are few: resamples of k runs vary by
+    ``(k - 1) / k`` of what their means do, and a variance taken from k wants Student's distribution. The bounds say
+    nothing of what another seed of calibration would have given.
 
     Args:
         before: Mean cross entropy of each window, in nats.
@@ -42,26 +43,30 @@ def paired_rise(before: Sequence[float], after: Sequence[float], confidence: flo
         confidence: Of each bound on its own, above 0.5.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, the percentile interval; Koehn, Statistical
-        Significance Tests for Machine Translation Evaluation, EMNLP 2004, for its paired form; Hesterberg, What
-        Teachers Should Know about the Bootstrap, 2015, for the expanded percentiles.
+        Significance Tests for Machine Translation Evaluation, EMNLP 2004, for its paired form; Politis and Romano, A
+        Circular Block-Resampling Procedure for Stationary Data, 1992; Hesterberg, What Teachers Should Know about the
+        Bootstrap, 2015, for the expanded percentiles.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     count = len(difference)
+    length = round(count ** (1 / 3))
+    drawn = -(-count // length)  # runs of a resample
+    runs = np.stack([np.roll(difference, -at) for at in range(length)]).mean(axis=0)  # of `length` from each window on
     draw = np.random.default_rng(seed)
-    rows = max(1, _DRAWS // count)
+    rows = max(1, _DRAWS // drawn)
     means = np.concatenate(
         [
-            difference[draw.integers(count, size=(min(rows, _RESAMPLES - start), count))].mean(axis=1)
+            runs[draw.integers(count, size=(min(rows, _RESAMPLES - start), drawn))].mean(axis=1)
             for start in range(0, _RESAMPLES, rows)
         ]
     )
-    beyond = _expanded(1.0 - confidence, count)
+    beyond = _expanded(1.0 - confidence, round(count / length))
     low, high = np.quantile(means, [beyond, 1.0 - beyond])
     return Rise(_rise(math.fsum(difference) / count), _rise(float(low)), _rise(float(high)))
 
 
 def _expanded(beyond: float, count: int) -> float:
-    """The share of resamples to leave beyond a bound, so that ``beyond`` of all means are."""
+    """The share of resamples of so many draws to leave beyond a bound, so that ``beyond`` of all means are."""
     if count < 2:
         return beyond
     return NormalDist().cdf(math.sqrt(count / (count - 1)) * student_quantile(beyond, count - 1))
