@@ -37,6 +37,8 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
             )
         if "held_out_perplexity" in metrics:
             results.print(_recovery(metrics), soft_wrap=True)
+        for task, found in metrics.get("tasks", {}).items():
+            results.print(f"{task}: {_numbers(found)}", soft_wrap=True, markup=False)
     models = [stage["model"] for stage in manifest["stages"] if stage["model"]]
     if models:
         results.print(f"model: {out / models[-1]}", soft_wrap=True)
@@ -53,6 +55,14 @@ def _title(stage: dict[str, Any]) -> str:
         method = config["method"]
         return f"quantize {method if isinstance(method, str) else next(iter(method))} {config['scheme']}"
     return f"export {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
+
+
+def _numbers(task: dict[str, Any]) -> str:
+    each = (
+        f"{name} {found['value']:.4f}" + (f" ± {found['stderr']:.4f}" if found["stderr"] is not None else "")
+        for name, found in task["metrics"].items()
+    )
+    return f"{', '.join(each)}, {task['items']} items, {task['num_fewshot']} shots"
 
 
 def _recovery(metrics: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from compressllm.calibration.source import open_source
 from compressllm.core.compute import choose_device, choose_dtype
-from compressllm.core.errors import CompressError, RunError
+from compressllm.core.errors import CompressError, RecipeError, RunError
 from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.registry import split_spec
 from compressllm.core.run import Run, Track, label_text, untracked, write_atomically, write_json
@@ -57,7 +57,9 @@ def sweep_model(
 
     Source: the protocol of Jaiswal et al., The Emergence of Essential Sparsity, arXiv 2306.03805, for the defaults.
     """
-    open_source(config.evaluation.text or "builtin")
+    if config.evaluation.text is None:
+        raise RecipeError("evaluation: a sweep draws perplexity, and with tasks alone there is none; name a source too")
+    open_source(config.evaluation.text)
     open_source(config.calibration.source)
     bundle = open_bundle(model)
     made = not out.exists()

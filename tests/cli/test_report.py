@@ -71,7 +71,7 @@ def test_from_a_run_to_its_page_its_card_and_a_gate(
         ((), "needs another one to compare it with"),
         (("B", "--confidence", 0.2), "--confidence 0.2: give a share above 0.5"),
         (("B", "--max-ppl-increase", "much"), "--max-ppl-increase much: give a percentage"),
-        (("B", "--junit", "x.xml"), "give --max-ppl-increase too"),
+        (("B", "--junit", "x.xml"), "give --max-ppl-increase or --max-acc-drop too"),
         (("B",), "cannot be read"),
     ],
 )

@@ -10,6 +10,8 @@ pytest.importorskip("lm_eval")
 
 import datasets
 import lm_eval
+from lm_eval.api.group import Group
+from lm_eval.config.group import AggMetricConfig, GroupConfig
 from lm_eval.tasks import TaskManager
 
 from compressllm.core.errors import CompressError
@@ -144,13 +146,14 @@ def ours(files, model) -> dict:
 def theirs(model) -> dict:
     root = Path(lm_eval.__file__).parent / "tasks"
     manager = TaskManager(include_defaults=False, include_path=[str(root / folder) for folder in FOLDERS])
-    members = [f"mmlu_{subject}" for subject in ("anatomy", "virology")]
-    group = {"group": "mmlu", "task": members, "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    mmlu = Group.from_config(GroupConfig(group="mmlu", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=True)]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_hub)
+        for task in manager.load(["mmlu_anatomy", "mmlu_virology"])["tasks"].values():
+            mmlu.add(task)
         return lm_eval.simple_evaluate(
             model="hf", model_args={"pretrained": model, "dtype": "float32"}, device="cpu", num_fewshot=0,
-            tasks=[*(name for name in LOCAL if name != "mmlu"), group], task_manager=manager, bootstrap_iters=1000,
+            tasks=[*(name for name in LOCAL if name != "mmlu"), mmlu], task_manager=manager, bootstrap_iters=1000,
         )  # fmt: skip
 
 

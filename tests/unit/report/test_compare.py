@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from compressllm.core.errors import CompressError
-from compressllm.report.ci import github_lines, sentence, to_junit
-from compressllm.report.compare import Contender, compare, read_contender
+from compressllm.report.ci import github_lines, judgements, to_junit
+from compressllm.report.compare import compare
+from compressllm.report.contender import Contender, read_contender
 
 WINDOWS = list(2.0 + 0.4 * np.random.default_rng(0).standard_normal(40))
 
@@ -118,4 +119,97 @@ def test_annotations_are_one_escaped_line_each(measured):
     assert error.startswith("::error title=perplexity failed::two%0Alines: ")
     assert "+5.00%25" in error
     assert "\n" not in error
-    assert sentence(found, found.lines[1]).endswith("where 2.00% is allowed: passed")
+    assert judgements(found)[0].sentence.endswith("where 2.00% is allowed: passed")
+
+
+def task(correct: str, **changes) -> dict:
+    """A task's result from its items' scores, ``"1101"``."""
+    scores = [int(one) for one in correct]
+    value = sum(scores) / len(scores)
+    acc = {"value": value, "stderr": (value * (1 - value) / (len(scores) - 1)) ** 0.5}
+    found = {
+        "metrics": {"acc": acc},
+        "items": len(scores),
+        "num_fewshot": 0,
+        "items_sha256": "x",
+        "scores": {"acc": scores},
+    }
+    return found | changes
+
+
+def asked(name: str, **tasks: dict) -> Contender:
+    return Contender(name, [], {}, tasks)
+
+
+def test_accuracies_are_judged_task_by_task_and_on_the_mean():
+    first = asked("a", arc=task("1100" * 100), piqa=task("1000" * 100))
+    same = asked("same", arc=task("1100" * 100), piqa=task("1000" * 100))
+    worse = asked("worse", arc=task("1100" * 80 + "0000" * 20), piqa=task("1000" * 100))
+    found = compare([first, same, worse], drop=0.01)
+    assert [one.task for one in found.lines[0].accuracies] == ["arc", "piqa", "mean"]
+    assert [one.verdict for one in found.lines[1].accuracies] == ["passed"] * 3
+    arc, piqa, mean = found.lines[2].accuracies
+    assert (arc.drop.value, piqa.drop.value, mean.drop.value) == pytest.approx((0.1, 0, 0.05))
+    assert (arc.verdict, piqa.verdict, mean.verdict) == ("failed", "passed", "failed")
+    assert [line.name for line in found.failed] == ["worse"]
+    assert found.lines[2].perplexity is None
+    assert [(one.case, one.verdict) for one in judgements(found)][3:5] == [
+        ("worse arc", "failed"),
+        ("worse piqa", "passed"),
+    ]
+    assert "worse: arc acc 40.00% against 50.00% of a, -10.00 points" in judgements(found)[3].sentence
+    assert not compare([first, worse]).failed  # nothing is asked
+
+
+def test_what_chance_may_do_to_an_accuracy_passes():
+    first, noisy = asked("a", arc=task("1100" * 25)), asked("b", arc=task("0101" + "1010" + "1100" * 22 + "1000"))
+    (one,) = compare([first, noisy], drop=0.005).lines[1].accuracies
+    assert one.drop.value > 0.005
+    assert one.verdict == "within noise"
+
+
+def test_many_tasks_are_held_to_a_wider_bound_each():
+    """So that the chance that any of them fails by chance does not grow with their number."""
+    worse = {"before": task("1" * 200), "after": task("0" * 7 + "1" * 193)}
+    alone = compare([asked("a", x=worse["before"]), asked("b", x=worse["after"])], drop=0.01).lines[1].accuracies
+    others = {f"t{at}": task("10" * 100) for at in range(9)}
+    among = compare([asked("a", x=worse["before"], **others), asked("b", x=worse["after"], **others)], drop=0.01)
+    assert alone[0].drop.low > among.lines[1].accuracies[0].drop.low
+
+
+def test_without_scores_of_items_accuracies_compare_as_if_of_different_ones():
+    first, other = asked("a", arc=task("10" * 200)), asked("b", arc=task("10" * 200, scores={}))
+    found = compare([first, other], drop=0.01)
+    assert not found.lines[1].accuracies[0].paired
+    assert found.lines[1].accuracies[0].drop.high > 0.05
+    assert "b: there are no scores of single items" in found.warnings[0]
+
+
+def test_other_items_do_not_compare(measured):
+    first = asked("a", arc=task("10" * 20))
+    with pytest.raises(CompressError, match="was asked other items of arc than a, or in another way"):
+        compare([first, asked("b", arc=task("10" * 20, items_sha256="y"))])
+    with pytest.raises(CompressError, match="b: has no task in common with a"):
+        compare([first, asked("b", piqa=task("10" * 20))], drop=0.01)
+    with pytest.raises(CompressError, match="holds no perplexity"):  # the tasks alone do not answer that
+        compare([first, asked("b", arc=task("10" * 20))], allowed=0.01)
+
+
+def test_perplexity_and_accuracy_are_gates_of_their_own(measured):
+    contenders = [
+        Contender(one.name, one.measured, {}, {"arc": task("1100" * 100)})
+        for one in (measured("a"), measured("b", 0.05))
+    ]
+    found = compare(contenders, allowed=0.02, drop=0.01)
+    assert found.lines[1].verdict == "failed"
+    assert found.lines[1].accuracies[0].verdict == "passed"
+    assert found.failed
+    suite = ElementTree.fromstring(to_junit(found)).find("testsuite")
+    assert [case.get("classname") for case in suite] == ["compressllm.perplexity", "compressllm.accuracy"]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert compare(contenders, drop=0.01).failed == []
+
+
+def test_reads_tasks(tmp_path):
+    (tmp_path / "tasks.json").write_text(json.dumps({"schema": 1, "tasks": {"arc": task("10")}}))
+    assert read_contender(str(tmp_path / "tasks.json")).tasks["arc"]["items"] == 2
