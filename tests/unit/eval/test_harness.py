@@ -146,7 +146,9 @@ def ours(files, model) -> dict:
 def theirs(model) -> dict:
     root = Path(lm_eval.__file__).parent / "tasks"
     manager = TaskManager(include_defaults=False, include_path=[str(root / folder) for folder in FOLDERS])
-    mmlu = Group.from_config(GroupConfig(group="mmlu", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=True)]))
+    mmlu = Group.from_config(
+        GroupConfig(group="mmlu", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=True)])
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_hub)
         for task in manager.load(["mmlu_anatomy", "mmlu_virology"])["tasks"].values():
