@@ -71,6 +71,16 @@ class Block:
         hidden, call = self._inputs.example(window)
         return hidden, call, one_window(self._targets[path], window).to(self.device)
 
+    def outputs(self) -> Iterator[Tensor]:
+        """Run the block on one batch of windows after another, as often as asked: (windows, seqlen, hidden) of each.
+
+        The caller may have put hooks on it. Of several processes each runs its own windows.
+        """
+        for batch in range(len(self._inputs) if self._inputs is not None else 0):
+            out = self._inputs.forward(self.module, self.name, batch) if self._inputs is not None else None
+            if out is not None:
+                yield out
+
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.
 

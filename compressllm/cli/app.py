@@ -12,6 +12,7 @@ import typer
 from compressllm.cli import (
     bench,
     compare,
+    contextual,
     evaluate,
     export,
     generate,
@@ -48,6 +49,7 @@ app.command()(permute.permute)
 app.command()(prune.prune)
 app.command()(recover.recover)
 app.command()(quantize.quantize)
+app.command()(contextual.contextual)
 app.command()(sweep.sweep)
 app.command()(soup.soup)
 app.command(name="merge-lora")(mergelora.merge_lora)

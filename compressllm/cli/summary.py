@@ -35,6 +35,8 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
                 f"{metrics['sparse_ratio']:.4f} of their {bytes_text(metrics['sparse_bytes_dense'])} dense",
                 soft_wrap=True,
             )
+        if "tradeoff" in metrics:
+            _print_tradeoff(metrics["tradeoff"])
         if "held_out_perplexity" in metrics:
             results.print(_recovery(metrics), soft_wrap=True)
         for task, found in metrics.get("tasks", {}).items():
@@ -54,6 +56,9 @@ def _title(stage: dict[str, Any]) -> str:
     if stage["stage"] == "quantize":
         method = config["method"]
         return f"quantize {method if isinstance(method, str) else next(iter(method))} {config['scheme']}"
+    if stage["stage"] == "contextual":
+        selector = config["selector"]
+        return f"contextual {selector if isinstance(selector, str) else next(iter(selector))}"
     return f"export {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
 
 
@@ -63,6 +68,16 @@ def _numbers(task: dict[str, Any]) -> str:
         for name, found in task["metrics"].items()
     )
     return f"{', '.join(each)}, {task['items']} items, {task['num_fewshot']} shots"
+
+
+def _print_tradeoff(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "neurons", "density", "effective", "quality", "like dense", "a check", "speed", "perplexity", box=None
+    )
+    for row in rows:
+        keys = ("density", "effective_density", "quality", "similarity", "advance_length", "speed_ratio", "perplexity")
+        table.add_row(row["kind"], *("" if row[key] is None else f"{row[key]:.3f}" for key in keys))
+    results.print(table)
 
 
 def _recovery(metrics: dict[str, Any]) -> str:

@@ -298,6 +298,138 @@ class Selector(Protocol):
         ...
 
 
+class BlockPass(Protocol):
+    """One decoder block of the dense model, its weights real, and what calibration text gives it."""
+
+    @property
+    def name(self) -> str:
+        """Module path."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The block."""
+        ...
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run the block on one batch of windows after another: (windows, seqlen, hidden) of each."""
+        ...
+
+
+class NeuronSelector(Protocol):
+    """Chooses what of a model the tokens that it drafts are computed with.
+
+    ``level`` says which of the three protocols below an implementation is one of. What `fit` returns is kept beside
+    the model and handed to every later call as ``fitted``.
+    """
+
+    level: ClassVar[Literal["prompt", "token", "input"]]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has to look at text before it can be used."""
+        ...
+
+    def fit(self, blocks: Callable[[], Iterator[BlockPass]]) -> dict[str, Tensor]:
+        """What it keeps of calibration text, for any density; empty if it looks at none.
+
+        Args:
+            blocks: Walks the dense model front to back at every call.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """What one MLP's neurons scored on a prompt.
+
+    Args:
+        first: (neurons,) float32, over the first half of the prompt's tokens.
+        total: Likewise over all of them.
+        tokens: How many there were.
+    """
+
+    first: Tensor
+    total: Tensor
+    tokens: int
+
+
+class PromptSelector(NeuronSelector, Protocol):
+    """One set of neurons for all that follows a prompt: they are gathered once."""
+
+    def score(self, h: Tensor) -> Tensor:
+        """(neurons,) float32, a sum over the tokens of the (tokens, neurons) input of down."""
+        ...
+
+    def choose(
+        self, scores: Sequence[PromptScores], counts: Sequence[int], fitted: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """Of each MLP front to back (neurons,) float32: of which the ``counts`` largest are to be kept."""
+        ...
+
+
+class TokenSelector(NeuronSelector, Protocol):
+    """A set of neurons for every token, chosen from its own activations."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether it looks at the gate's activation alone, so that up need not be computed where it says no."""
+        ...
+
+    def keep(self, values: Tensor, density: float, mlp: str, fitted: Mapping[str, Tensor]) -> Tensor:
+        """(tokens, neurons) bool, from the gate's activations or from the input of down.
+
+        Args:
+            density: Fraction of neurons to keep.
+            mlp: Module path of the MLP.
+        """
+        ...
+
+
+class InputSelector(NeuronSelector, Protocol):
+    """Leaves out small inputs of every linear of a block, attention's too: a set of inputs for every token."""
+
+    def thresholds(self, density: float, fitted: Mapping[str, Tensor]) -> dict[str, float]:
+        """Linear name -> magnitude up to which its inputs are left out.
+
+        Args:
+            density: Fraction of the blocks' weights to read.
+        """
+        ...
+
+
+class Corrector(Protocol):
+    """Says which drafted tokens stand, after the dense model has read them.
+
+    ``period`` is how many tokens the dense model reads at once, ``width`` how many drafts are tried in parallel.
+    """
+
+    @property
+    def period(self) -> int:
+        """Tokens of one dense pass, the newest accepted one included."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Beams of the draft; 1 is a chain."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what comes out is what the dense model alone would give: its tokens, or its distribution."""
+        ...
+
+    def accepts(self, drafted: Tensor, logits: Tensor, best: Tensor) -> Tensor:
+        """(n,) bool: whether each drafted token would stand if all before it do.
+
+        Args:
+            drafted: (n,) token ids.
+            logits: (n, vocabulary): what the dense model gives where each was drafted.
+            best: (n,) token ids the dense model would take there.
+        """
+        ...
+
+
 SOURCES: Registry[TextSource] = Registry("text source", "compressllm.calibration")
 PRUNERS: Registry[Pruner] = Registry("pruner", "compressllm.prune")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "compressllm.prune")
@@ -307,17 +439,22 @@ ADAPTERS: Registry[Adapter] = Registry("adapter", "compressllm.recover.adapters"
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer", "compressllm.quantize")
 SELECTORS: Registry[Selector] = Registry("selector", "compressllm.select")
 EMBEDDERS: Registry[Embedder] = Registry("embedder", "compressllm.select.embedders")
+NEURON_SELECTORS: Registry[NeuronSelector] = Registry("neuron selector", "compressllm.contextual")
+CORRECTORS: Registry[Corrector] = Registry("corrector", "compressllm.contextual")
 
 REGISTRY_OF.update({TextSource: SOURCES, Pruner: PRUNERS, Allocator: ALLOCATORS, Format: FORMATS, Backend: BACKENDS})
 REGISTRY_OF.update({Adapter: ADAPTERS, Quantizer: QUANTIZERS, Selector: SELECTORS, Embedder: EMBEDDERS})
+REGISTRY_OF.update({NeuronSelector: NEURON_SELECTORS, Corrector: CORRECTORS})
 
 #: The registries by the name ``compressllm list`` takes.
 REGISTRIES: dict[str, Registry[Any]] = {
     "adapters": ADAPTERS,
     "allocators": ALLOCATORS,
     "backends": BACKENDS,
+    "correctors": CORRECTORS,
     "embedders": EMBEDDERS,
     "formats": FORMATS,
+    "neuron-selectors": NEURON_SELECTORS,
     "pruners": PRUNERS,
     "quantizers": QUANTIZERS,
     "selectors": SELECTORS,

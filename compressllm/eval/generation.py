@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressllm.core.errors import FormatError, RecipeError
 from compressllm.eval.decoding import Decoder
+from compressllm.models.prompting import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,8 @@ def generate_text(
 
     Raises: FormatError if there is no tokenizer or no chat template; RecipeError for a prompt without tokens.
     """
-    if tokenizer is None:
-        raise FormatError("the model folder holds no tokenizer, so no text can be generated")
-    if chat:
-        if not tokenizer.chat_template:
-            raise FormatError("the tokenizer has no chat template; leave --chat out")
-        message = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids.to(model.device)
-    if not ids.numel():
-        raise RecipeError("the prompt holds no token; give some text")
+    ids = encode_prompt(tokenizer, prompt, chat).to(model.device)
+    assert tokenizer is not None  # or there would be no ids
     torch.manual_seed(seed)
     if compiled:
         new, seconds = _decode(model, ids, max_new_tokens, temperature)

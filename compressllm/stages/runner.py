@@ -131,7 +131,7 @@ def _parameters(bundle: Bundle) -> int:
 def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunFolder) -> tuple[Bundle, dict[str, Any]]:
     stage = STAGES[name]
     begun, memory, before = time.perf_counter(), PeakMemory(), _weight_bytes(bundle)
-    if stage.writes_model and name != "quantize" and bundle.quantized():
+    if stage.writes_model and name not in {"quantize", "contextual"} and bundle.quantized():
         run.warn(f"{name}: the model is quantised, and what is written is not: its weights become plain numbers")
     bundle = stage.run(bundle, config, run)
     model = run.folder / "model" if run.folder and stage.writes_model else None

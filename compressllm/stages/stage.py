@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compressllm.contextual.config import ContextualConfig
 from compressllm.core.config import Config
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
@@ -102,6 +103,18 @@ def _plan_quantize(bundle: Bundle, config: QuantizeConfig) -> str:
     return f"{config.method}, {len(to_quantize(bundle.model, config.skip))} linears to {config.scheme}"
 
 
+def _contextual(bundle: Bundle, config: ContextualConfig, run: Run) -> Bundle:
+    from compressllm.stages.contextual import contextual_stage
+
+    return contextual_stage(bundle, config, run)
+
+
+def _plan_contextual(bundle: Bundle, config: ContextualConfig) -> str:
+    from compressllm.stages.contextual import plan_contextual
+
+    return plan_contextual(bundle, config)
+
+
 def _export(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
     from compressllm.stages.export import export_stage
 
@@ -124,6 +137,7 @@ STAGES: dict[str, Stage] = {
         Stage("permute", PermuteConfig, _permute, _plan_permute, writes_model=True),
         Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
         Stage("recover", RecoverConfig, _recover, _plan_recover, writes_model=True, shared=True),
+        Stage("contextual", ContextualConfig, _contextual, _plan_contextual, writes_model=True),
         Stage("quantize", QuantizeConfig, _quantize, _plan_quantize, writes_model=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),
         Stage("eval", EvalConfig, _evaluate, _plan_evaluate, writes_model=False),

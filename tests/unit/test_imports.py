@@ -9,7 +9,7 @@ import pytest
 import compressllm
 
 ROOT = Path(compressllm.__file__).parent
-METHODS = {"prune", "recover", "quantize", "export", "eval", "select"}
+METHODS = {"prune", "recover", "quantize", "export", "eval", "select", "contextual"}
 
 #: Room -> the rooms it may import from, besides itself. "compressllm" is the package's own __init__.
 MAY_IMPORT = {
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "export": {"kernels", "calibration", "models", "core", "compressllm"},
     "eval": {"calibration", "models", "core"},
     "select": {"calibration", "models", "core"},
+    "contextual": {"kernels", "calibration", "models", "core"},
     "stages": {
         "prune",
         "recover",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
         "export",
         "eval",
         "select",
+        "contextual",
         "kernels",
         "calibration",
         "models",
@@ -48,6 +50,7 @@ MAY_IMPORT = {
         "export",
         "eval",
         "select",
+        "contextual",
         "kernels",
         "calibration",
         "models",

@@ -1,0 +1,60 @@
+"""Packed 2:4 weights: neurons are gathered in groups that keep the pattern."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compressllm.contextual.attach import Contextual, prompt_through
+from compressllm.contextual.coarse import PromptMlp
+from compressllm.contextual.decode import Decoding
+from compressllm.contextual.fine import TokenMlp
+from compressllm.contextual.sirius import Sirius
+from compressllm.core.pattern import NM
+from compressllm.kernels.linear import SparseLinear
+
+PATTERN = NM(2, 4)
+
+
+@pytest.fixture
+def packed(model: PreTrainedModel) -> PreTrainedModel:
+    """The tiny Llama, its MLPs at 2:4 and packed by the backend that runs everywhere."""
+    for block in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(block.mlp, name)
+            keep = PATTERN.keep(linear.weight.abs())
+            linear.weight.data.mul_(keep)
+            setattr(block.mlp, name, SparseLinear.from_linear(linear, keep, PATTERN, "reference"))
+    return model
+
+
+def test_gathered_neurons_are_packed_and_compute_what_masked_ones_do(packed: PreTrainedModel, prompt: Tensor) -> None:
+    contextual = Contextual(packed, "griffin", 0.5)
+    prompt_through(contextual, prompt)
+    x = torch.randn(1, 2, 32, dtype=torch.float64)
+    for runner in contextual.runners:
+        assert isinstance(runner, PromptMlp)
+        assert runner.index is not None
+        assert isinstance(runner._down, SparseLinear)
+        assert runner.index.view(-1, 4).diff().eq(1).all(), "whole groups"
+        assert (runner.index[::4] % 4 == 0).all(), "aligned groups"
+        assert PATTERN.violations(runner._down.weight != 0) == 0
+        mask = torch.zeros(48, dtype=torch.float64)
+        mask[runner.index] = 1
+        right = runner.mlp.down(runner.mlp.activations(x)[1] * mask)
+        torch.testing.assert_close(runner.draft(x), right)
+
+
+@pytest.mark.parametrize("selector", ["griffin", "topk"])
+def test_a_packed_model_is_corrected_to_its_own_dense_text(
+    selector: str, packed: PreTrainedModel, prompt: Tensor, dense_text: Callable[..., list[int]]
+) -> None:
+    right = dense_text(packed, prompt, 10)
+    contextual = Contextual(packed, selector, 0.3)
+    made = [token for span in Decoding(contextual, prompt, 10, Sirius(4, 0.6)).spans() for token in span]
+    assert made == right
+    for runner in contextual.runners:
+        if isinstance(runner, TokenMlp):
+            assert runner.read() == runner.planned() == 1, "nothing is skipped in packed weights, and none is claimed"
