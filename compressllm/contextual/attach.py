@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressllm.contextual.checked import CheckedLinear, takes
 from compressllm.contextual.coarse import PromptMlp, check_gatherable
-from compressllm.contextual.control import Control
+from compressllm.contextual.control import Control, Mode
 from compressllm.contextual.fine import TokenMlp
 from compressllm.contextual.inputs import InputLinear, linears_in
 from compressllm.contextual.mlp import Mlp, find_mlps
@@ -106,6 +107,14 @@ class Contextual:
         self._stood_in.clear()
 
     def _attach(self) -> None:
+        self._attach_selector()
+        inside = {id(module) for module in self._stood_in}
+        linears = [one for block in self.blocks.modules for one in block.modules()]
+        for linear in (*linears, self.model.get_output_embeddings()):
+            if isinstance(linear, nn.Linear) and takes(linear) and id(linear) not in inside:
+                self._replace_forward(linear, CheckedLinear(linear, self.control))
+
+    def _attach_selector(self) -> None:
         if self.selector.level == "input":
             self._attach_to_linears(cast(InputSelector, self.selector))
             return
@@ -160,8 +169,6 @@ def prompt_through(contextual: Contextual, ids: Tensor) -> None:
     Args:
         ids: (1, tokens).
     """
-    from compressllm.contextual.control import Mode
-
     contextual.begin_prompt()
     with contextual.control.set(Mode.PREFILL), torch.inference_mode():
         contextual.model(input_ids=ids, use_cache=False, logits_to_keep=1)

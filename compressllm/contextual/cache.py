@@ -15,7 +15,7 @@ from compressllm.core.errors import UnsupportedModelError
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-class _Rows(CacheLayerMixin):
+class _Rows(CacheLayerMixin):  # type: ignore[misc]
     """One layer's rows. All are kept, also where attention slides: its mask hides those out of the window."""
 
     is_sliding = False

@@ -18,7 +18,7 @@ def kmeans(points: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns: (n,) int64 and (k, d) float32; no cluster is empty.
     """
-    most = min(_MOST, len(torch.unique(points, dim=0)))
+    most = min(_MOST, len({tuple(row) for row in points.tolist()}))
     tried = {k: _lloyd(points, k) for k in range(min(_FEWEST, most), most + 1)}
     sizes = list(tried)
     if len(sizes) < 3:
@@ -41,6 +41,6 @@ def _lloyd(points: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
         before, groups = groups, torch.cdist(points, centroids).argmin(1)
         if torch.equal(before, groups):
             break
-    filled = groups.unique()
+    filled = torch.bincount(groups, minlength=k).nonzero().view(-1)
     centroids, groups = centroids[filled], torch.searchsorted(filled, groups)
     return groups, centroids, float((points - centroids[groups]).square().sum())

@@ -172,7 +172,7 @@ class Decoding:
         if positions is None:
             start = self.cache.length
             positions = self._positions[:, start : start + ids.shape[1]]
-        more = {"logits_to_keep": keep} if self._keeps else {}
+        more: dict[str, int | Tensor] = {"logits_to_keep": keep} if self._keeps else {}
         if mask is not None:
             more["attention_mask"] = mask
         out = self.model(

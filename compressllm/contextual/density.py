@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
@@ -27,7 +28,7 @@ def read_density(contextual: Contextual, planned: bool = False) -> float:
 
 def param_density(contextual: Contextual) -> float:
     """The planned share of all parameters, input embedding included, as papers count it."""
-    total = sum(p.numel() for p in contextual.model.parameters())
+    total: int = sum(p.numel() for p in contextual.model.parameters())
     return 1 - _spared(contextual, planned=True) / total
 
 
@@ -89,4 +90,4 @@ def _size(linear: nn.Module) -> int:
 
 
 def _spared(contextual: Contextual, planned: bool) -> float:
-    return sum(one.size * (1 - (one.planned() if planned else one.read())) for one in contextual.runners)
+    return math.fsum(one.size * (1 - (one.planned() if planned else one.read())) for one in contextual.runners)

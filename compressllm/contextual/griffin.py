@@ -32,7 +32,8 @@ class Griffin:
     def score(self, h: Tensor) -> Tensor:
         """Sum of squared shares."""
         h = h.float()
-        return (h / h.norm(dim=-1, keepdim=True).clamp_min(1e-12)).square().sum(0)
+        shares: Tensor = h / h.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return shares.square().sum(0)
 
     def choose(
         self, scores: Sequence[PromptScores], counts: Sequence[int], fitted: Mapping[str, Tensor]

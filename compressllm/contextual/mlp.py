@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.kernels.few import few_tokens
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models.blocks import DecoderBlocks
 
@@ -49,11 +49,10 @@ class Part:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.rows is None:
-            return type(self.module).forward(self.module, x)  # type: ignore[attr-defined, no-any-return]
-        if self.packed is not None:
-            return type(self.packed).forward(self.packed, x)[..., self.rows[0] : self.rows[1]]
-        return functional.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return few_tokens(x, self.weight, self.bias)
+        y = type(self.packed).forward(self.packed, x)
+        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ class Mlp:
     @property
     def neurons(self) -> int:
         """Rows of gate."""
-        return self.gate.rows[1] if self.gate.rows else int(self.gate.module.out_features)  # type: ignore[arg-type]
+        if self.gate.rows:
+            return self.gate.rows[1] - self.gate.rows[0]
+        return int(self.gate.module.out_features)  # type: ignore[arg-type]
 
     @property
     def hidden(self) -> int:
@@ -104,7 +105,7 @@ class Mlp:
         """What the module computes, whatever stands in for its forward."""
         if self.inline:
             return self.down(self.activations(x)[1])
-        return type(self.module).forward(self.module, x)  # type: ignore[attr-defined, no-any-return]
+        return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
 
 
 def find_mlps(blocks: DecoderBlocks) -> list[Mlp]:
@@ -126,7 +127,7 @@ def find_mlp(block: nn.Module, name: str) -> Mlp:
         if act is None:
             continue
         linears = [one for one in module.children() if isinstance(one, nn.Linear | SparseLinear)]
-        if len(linears) > 3:
+        if len(linears) not in (2, 3):
             continue
         inline = module is block
         held = act if isinstance(act, nn.Module) else None
@@ -141,7 +142,9 @@ def find_mlp(block: nn.Module, name: str) -> Mlp:
     return found[0]
 
 
-def _readings(name: str, module: nn.Module, linears: list[nn.Module], act: Callable[[Tensor], Tensor]) -> Iterator[Mlp]:
+def _readings(
+    name: str, module: nn.Module, linears: Sequence[nn.Module], act: Callable[[Tensor], Tensor]
+) -> Iterator[Mlp]:
     """All that these linears could be."""
     shapes: list[tuple[int, int]] = [(one.out_features, one.in_features) for one in linears]  # type: ignore[misc]
     for order in permutations(range(len(linears))):
@@ -152,8 +155,8 @@ def _readings(name: str, module: nn.Module, linears: list[nn.Module], act: Calla
             yield Mlp(name, module, parts[0], None, parts[1], act)
         elif len(parts) == 2 and first == (2 * others[0][1], others[0][0]):
             fused, half = parts[0].module, others[0][1]
-            for gate, up in (((0, half), (half, 2 * half)), ((half, 2 * half), (0, half))):
-                yield Mlp(name, module, Part(fused, gate), Part(fused, up), parts[1], act)
+            for one, other in (((0, half), (half, 2 * half)), ((half, 2 * half), (0, half))):
+                yield Mlp(name, module, Part(fused, one), Part(fused, other), parts[1], act)
 
 
 def _computes_it(mlp: Mlp) -> bool:
@@ -164,7 +167,7 @@ def _computes_it(mlp: Mlp) -> bool:
     try:
         with torch.inference_mode():
             right, read = mlp.module(x), mlp.down(mlp.activations(x)[1])
-    except TypeError:  # takes other arguments: attention
+    except (TypeError, RuntimeError):  # takes other arguments, as attention does, or the reading has them the wrong way
         return False
     if not isinstance(right, Tensor) or right.shape != read.shape:
         return False

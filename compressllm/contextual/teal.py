@@ -67,7 +67,7 @@ def left_out_of(density: float, fitted: Mapping[str, Tensor], allocation: str = 
     tables = [name for name, value in fitted.items() if value.dim() == 1]
     if allocation == "uniform" or density >= 1:
         return dict.fromkeys(tables, 1 - density)
-    found = {}
+    found: dict[str, float] = {}
     for block, steps in fitted.items():
         if steps.dim() == 2:
             names = [name for name in tables if name.startswith(f"{block}.")]
@@ -90,7 +90,7 @@ def _between(steps: Tensor, sparsity: float) -> list[float]:
 
 def _allocate(block: BlockPass, linears: Mapping[str, nn.Module], tables: Mapping[str, Tensor]) -> Tensor:
     """(steps, 1 + linears): the block's sparsity, and each linear's, after every step."""
-    sizes = torch.tensor([float(one.weight.numel()) for one in linears.values()])  # type: ignore[operator, union-attr]
+    sizes = torch.tensor([float(one.weight.numel()) for one in linears.values()])  # type: ignore[operator]
     share = (sizes / sizes.sum()).tolist()
     names = list(linears)
     right = _last_quarter(next(block.outputs()))
@@ -127,7 +127,7 @@ class _leaving_out:
 
     def __enter__(self) -> None:
         def masked(module: nn.Module, cut: float) -> Callable[[Tensor], Tensor]:
-            return lambda x: type(module).forward(module, x * (x.abs() > cut))  # type: ignore[attr-defined, no-any-return]
+            return lambda x: type(module).forward(module, x * (x.abs() > cut))
 
         for name, module in self._linears.items():
             module.forward = masked(module, self._cuts[name])

@@ -32,7 +32,7 @@ def grow_tree(decoding: Decoding, corrector: Corrector, room: int) -> list[int]:
             logits = _read(decoding, tokens, parents, depths, beams, base)
         decoding.counts.drafts += 1
         after = (logits.double() / _TEMPERATURE).log_softmax(-1).cpu()
-        after[:, list(decoding.ends)] = -torch.inf
+        after[:, torch.tensor(sorted(decoding.ends), dtype=torch.long)] = -torch.inf
         best = after.topk(min(width, after.shape[-1]), dim=-1)
         total = (likelihoods[:, None] + best.values).flatten()
         order = total.sort(descending=True, stable=True).indices[:width]
