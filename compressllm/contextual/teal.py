@@ -70,7 +70,7 @@ def left_out_of(density: float, fitted: Mapping[str, Tensor], allocation: str = 
     found: dict[str, float] = {}
     for block, steps in fitted.items():
         if steps.dim() == 2:
-            names = [name for name in tables if name.startswith(f"{block}.")]
+            names = sorted(name for name in tables if name.startswith(f"{block}."))
             found.update(zip(names, _between(steps, 1 - density), strict=True))
     if found.keys() != set(tables):
         raise RecipeError("neuron selector teal: its calibration is of a uniform allocation; calibrate it anew")
@@ -90,9 +90,9 @@ def _between(steps: Tensor, sparsity: float) -> list[float]:
 
 def _allocate(block: BlockPass, linears: Mapping[str, nn.Module], tables: Mapping[str, Tensor]) -> Tensor:
     """(steps, 1 + linears): the block's sparsity, and each linear's, after every step."""
-    sizes = torch.tensor([float(one.weight.numel()) for one in linears.values()])  # type: ignore[operator]
+    names = sorted(linears)  # the order that a calibration read from a file can be brought into again
+    sizes = torch.tensor([float(linears[name].weight.numel()) for name in names])  # type: ignore[operator]
     share = (sizes / sizes.sum()).tolist()
-    names = list(linears)
     right = _last_quarter(next(block.outputs()))
     left_out = [0.0] * len(names)
     steps = [[0.0, *left_out]]

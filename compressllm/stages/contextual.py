@@ -109,16 +109,21 @@ def _fit(bundle: Bundle, config: ContextualConfig, run: Run) -> tuple[dict[str, 
 
 
 def _beside(source: Path, folder: Path) -> Path:
-    """A folder with the files of another, linked where the file system can."""
+    """A folder with the files of another: weights linked where the file system can, since nobody changes them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in sorted(source.iterdir()):
-        if path.is_file():
-            try:
-                os.link(path.resolve(), folder / path.name)
-            except OSError:
-                shutil.copy2(path, folder / path.name)
+        if path.is_file() and not (path.suffix == ".safetensors" and _linked(path, folder / path.name)):
+            shutil.copy2(path, folder / path.name)
     return folder
+
+
+def _linked(path: Path, to: Path) -> bool:
+    try:
+        os.link(path.resolve(), to)
+    except OSError:
+        return False
+    return True
 
 
 def open_stream(

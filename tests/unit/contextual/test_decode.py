@@ -118,7 +118,8 @@ def test_a_tree_of_one_is_a_chain_and_a_wider_one_gets_no_less_far(attached: Att
         single._start()
         while not single.done:
             room = min(5, single._end - len(single.tokens))
-            new = grow_tree(single, Sirius(5, threshold), room)
+            corrector = Sirius(5, threshold)
+            new = grow_tree(single, corrector, room) if room > 1 else single._cycle(corrector, room)
             single.counts.advances.append(len(new))
             single._emit(new)
     assert single.tokens == chain.tokens

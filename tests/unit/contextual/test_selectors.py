@@ -136,6 +136,9 @@ def test_calibrations_come_back_and_others_are_refused(model: PreTrainedModel, w
     assert again.keys() == fitted.keys()
     assert all(torch.equal(again[name], fitted[name]) for name in fitted)
     assert find_calibration(tmp_path, "cats").keys() == fitted.keys()
+    teal = calibrate(model, "teal", windows)
+    save(tmp_path / "teal", "teal", teal, {})
+    assert left_out_of(0.4, load_calibration(tmp_path / "teal", "teal")) == left_out_of(0.4, teal)
     with pytest.raises(CompressError, match="was calibrated for"):
         load_calibration(path, "teal")
     (tmp_path / "broken").write_bytes(path.read_bytes()[:50])
