@@ -48,7 +48,7 @@ class Standing:
     period: int
     advance: float
     width: int = 1
-    lossless: bool = False
+    exact: bool = False
     owed: float = field(default=0.0)
 
     def accepts(self, drafted: Tensor, logits: Tensor, best: Tensor) -> Tensor:

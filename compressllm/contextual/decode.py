@@ -148,7 +148,7 @@ class Decoding:
         self.cache.rewind(len(drafted))
         logits = self.check([self.tokens[-1], *drafted])
         scores = self.sampler.process(logits, self.tokens, drafted)
-        if self.sampler.drawn and getattr(corrector, "rule", "") == "exact":
+        if self.sampler.drawn and corrector.exact:
             stand, following = accept_drawn(drafted, drawn_from, probabilities(scores))
         else:
             stand = self._standing(corrector, drafted, logits, scores)

@@ -43,9 +43,9 @@ class Sirius:
             raise ValueError(f"threshold {self.threshold} is at least 0, temperature {self.temperature} above 0")
 
     @property
-    def lossless(self) -> bool:
-        """By the exact rule, for sampling too; greedily also by a threshold that only the best choice can reach."""
-        return self.rule == "exact" or self.threshold > 0.5
+    def exact(self) -> bool:
+        """By the rule of that name; greedily a threshold that only the best choice can reach does the same."""
+        return self.rule == "exact"
 
     def accepts(self, drafted: Tensor, logits: Tensor, best: Tensor) -> Tensor:
         """By the rule."""

@@ -415,8 +415,11 @@ class Corrector(Protocol):
         ...
 
     @property
-    def lossless(self) -> bool:
-        """Whether what comes out is what the dense model alone would give: its tokens, or its distribution."""
+    def exact(self) -> bool:
+        """Whether what comes out is what the dense model alone would give.
+
+        Tokens that are drawn are then accepted by chance, in place of `accepts`, so that their distribution is its own.
+        """
         ...
 
     def accepts(self, drafted: Tensor, logits: Tensor, best: Tensor) -> Tensor:
