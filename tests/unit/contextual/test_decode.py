@@ -5,7 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from compressllm.contextual.attach import Contextual
 from compressllm.contextual.control import Mode
@@ -72,6 +80,41 @@ def test_every_architecture(
         assert (drafted - model(input_ids=prompt).logits).abs().max() > 1e-3
         contextual.detach_()
     assert dense_text(model, prompt, 9) == right
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Phi3Config(**SMALL, intermediate_size=48),  # gate and up are one weight
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=False),
+        LlamaConfig(**SMALL, intermediate_size=48, mlp_bias=True, attn_implementation="eager"),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_fused_gates_norms_behind_biases_and_eager_attention(
+    config: PreTrainedConfig,
+    build_model: Callable[..., PreTrainedModel],
+    ready: Callable,
+    prompt: Tensor,
+    dense_text: DenseText,
+) -> None:
+    model = ready(build_model(config))
+    right = dense_text(model, prompt, 9)
+    for selector in ("griffin", {"topk": {"by": "gate"}}):
+        contextual = Contextual(model, selector, 0.3)
+        for corrector in (Sirius(4, 0.6), Sirius(4, 0.6, width=2)):
+            assert text_of(Decoding(contextual, prompt, 9, corrector)) == right
+        contextual.detach_()
+
+
+def test_no_more_rows_are_taken_back_than_there_are(attached: Attach, prompt: Tensor) -> None:
+    decoding = Decoding(attached("griffin"), prompt, 3)
+    text_of(decoding)
+    with pytest.raises(ValueError, match="12 of 11 rows"):
+        decoding.cache.rewind(12)
 
 
 @pytest.mark.parametrize("corrector", [Sirius(5, 0.0), Sirius(5, 0.02), Sirius(4, 0.02, width=3)], ids=str)
