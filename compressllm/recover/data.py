@@ -26,11 +26,8 @@ def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
     looks = math.ceil(1 / config.evaluate_every)
     most = max(1, min(_HELD_OUT, int(_SHARE * tokens / looks / config.seqlen)))
     if config.records:
-        paths = [Path(path).expanduser() for path in config.records]
-        if missing := next((path for path in paths if not path.is_file()), None):
-            raise CalibrationError(f"records: {missing} does not exist, or is no file; give JSON lines of records")
         data = load_tasks(
-            paths, bundle.tokenizer, config.seqlen, config.record, config.held_out,
+            record_files(config), bundle.tokenizer, config.seqlen, config.record, config.held_out,
             most_held_out=most, max_tokens=tokens, max_seqlen=longest, vocab_size=vocabulary,
         )  # fmt: skip
     else:
@@ -41,3 +38,11 @@ def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
     for note in data.notes:
         run.warn(note)
     return data
+
+
+def record_files(config: RecoverConfig) -> list[Path]:
+    """The files of records that settings name. Raises CalibrationError if one is not there."""
+    paths = [Path(path).expanduser() for path in config.records]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise CalibrationError(f"records: {missing} does not exist, or is no file; give JSON lines of records")
+    return paths

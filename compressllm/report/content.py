@@ -14,6 +14,7 @@ from compressllm.report.summary import summary
 from compressllm.report.training import training_section
 from compressllm.report.wording import number, percent, size
 from compressllm.stages.curve import sweep_svg
+from compressllm.stages.selectionpictures import budget_svg, map_svg
 
 
 def report_title(record: RunRecord) -> str:
@@ -76,7 +77,18 @@ def _selection(name: str, selection: Mapping[str, Any]) -> Section:
     keys = [key for key in ("cluster", "records", "budget", "degradation", "phrases") if key in clusters[0]]
     rows = [[_listed(cluster.get(key)) for key in keys] for cluster in clusters]
     words = [f"{selection['budget']} records were chosen."] if "budget" in selection else []
-    return Section(f"Training records: {name}", words, tables=[Table("Clusters of prompts", keys, rows)])
+    table = Table("Clusters of prompts", keys, rows)
+    return Section(f"Training records: {name}", words, pictures=_selection_pictures(selection), tables=[table])
+
+
+def _selection_pictures(selection: Mapping[str, Any]) -> list[Picture]:
+    """Drawn anew from the numbers: a picture in a folder may be anybody's."""
+    drawn = selection.get("map")
+    if not isinstance(drawn, Mapping) or "degradation" not in selection["clusters"][0]:
+        return []
+    clusters = selection["clusters"]
+    pictures = [map_svg(drawn["places"], drawn["clusters"], clusters), budget_svg(clusters, selection["budget"])]
+    return [Picture(svg, wide=True) for svg in pictures]
 
 
 def _listed(value: Any) -> str:

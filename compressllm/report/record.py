@@ -46,7 +46,8 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder, or a sweep's.
 
-    JSON files that were put into it, of ``bench --json`` and of ``select``, are known by what is in them.
+    JSON files that were put into it, of ``bench --json`` and of ``select``, are known by what is in them; so are
+    those that a stage left in its own folder.
 
     Raises: RunError if it is neither, or damaged.
     """
@@ -59,7 +60,7 @@ def read_run(folder: Path) -> RunRecord:
         manifest = {**sweep, "model": sweep.get("sweep", {}).get("model", ""), "stages": []}
     else:
         raise RunError(f"{folder}: is no run folder: it has no {_MANIFEST}; give what `compressllm run` wrote to")
-    others = {path.name: found for path, found in _other_files(folder)}
+    others = {str(path.relative_to(folder)): found for path, found in _other_files(folder)}
     recipe = folder / _RECIPE
     return RunRecord(
         name=folder.resolve().name,
@@ -73,7 +74,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _other_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("[0-9][0-9]-*/*.report.json")]):
         if path.name not in {_MANIFEST, _SWEEP}:
             with contextlib.suppress(RunError):  # it may be anybody's
                 yield path, _json(path)

@@ -89,7 +89,7 @@ def _assist(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Find out now that a later stage's text or tasks are not there, rather than hours into the run.
+    """Find out now that a later stage's text, records or tasks are not there, rather than hours into the run.
 
     Raises: RecipeError, CalibrationError, BackendUnavailableError.
     """

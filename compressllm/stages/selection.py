@@ -71,10 +71,22 @@ def select_file(
         "warnings": run.warnings,
         "environment": environment(),
     }
-    _write_pictures(selection, out, seed)
+    write_selection(selection, out, report, seed)
+    return report
+
+
+def write_selection(selection: Selection, out: Path, report: dict[str, Any], seed: int) -> None:
+    """Write the chosen records to ``out``, say ``chosen.jsonl``, and report and pictures beside it.
+
+    Of a method that makes clusters, ``report`` gets the map as well, ``{places, clusters}`` of some records.
+    """
+    if (drawn := _map(selection, seed)) is not None:
+        report["map"] = drawn
+        clusters = report["clusters"]
+        write_atomically(out.with_suffix(".map.svg"), map_svg(drawn["places"], drawn["clusters"], clusters))
+        write_atomically(out.with_suffix(".budget.svg"), budget_svg(clusters, report["budget"]))
     write_json(out.with_suffix(".report.json"), report)
     write_atomically(out, "".join(_lines(selection)))  # last: who finds it finds the rest
-    return report
 
 
 def _lines(selection: Selection) -> list[str]:
@@ -88,11 +100,11 @@ def _lines(selection: Selection) -> list[str]:
     return lines
 
 
-def _write_pictures(selection: Selection, out: Path, seed: int) -> None:
+def _map(selection: Selection, seed: int) -> dict[str, Any] | None:
+    """Where some records are on a flat map, in [0, 1], and the cluster of each."""
     chosen = selection.chosen
     if chosen.labels is None or chosen.coordinates is None:
-        return
-    clusters = selection.report["clusters"]
+        return None
     drawn, places = flat_map(chosen.coordinates, seed)
-    write_atomically(out.with_suffix(".map.svg"), map_svg(places.tolist(), chosen.labels[drawn].tolist(), clusters))
-    write_atomically(out.with_suffix(".budget.svg"), budget_svg(clusters, selection.report["budget"]))
+    rounded = [[round(x, 4), round(y, 4)] for x, y in places.tolist()]
+    return {"places": rounded, "clusters": chosen.labels[drawn].tolist()}

@@ -13,7 +13,7 @@ from compressllm.eval.config import EvalConfig
 from compressllm.export.config import ExportConfig
 from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.quantize.config import QuantizeConfig
-from compressllm.recover.config import RecoverConfig
+from compressllm.stages.recoverconfig import RecoverStageConfig
 
 if TYPE_CHECKING:
     from compressllm.models.bundle import Bundle
@@ -74,19 +74,22 @@ def _plan_permute(bundle: Bundle, config: PermuteConfig) -> str:
     return f"channels for {config.pattern} by {config.score}: {', '.join(counts)}"
 
 
-def _recover(bundle: Bundle, config: RecoverConfig, run: Run) -> Bundle:
-    from compressllm.recover.model import recover_model
+def _recover(bundle: Bundle, config: RecoverStageConfig, run: Run) -> Bundle:
+    from compressllm.stages.recovery import recover_stage
 
-    return recover_model(bundle, config, run)
+    return recover_stage(bundle, config, run)
 
 
-def _plan_recover(bundle: Bundle, config: RecoverConfig) -> str:
+def _plan_recover(bundle: Bundle, config: RecoverStageConfig) -> str:
     from compressllm.models.resolve import resolve_model
+    from compressllm.recover.data import record_files
 
     if config.teacher is not None:
         resolve_model(config.teacher)
+    record_files(config)
+    chosen = f"records chosen by {config.select.method}, budget {config.select.budget:g}; " if config.select else ""
     return (
-        f"{config.masking} masks, losses {config.losses}, {config.steps} steps of "
+        f"{chosen}{config.masking} masks, losses {config.losses}, {config.steps} steps of "
         f"{config.windows_per_step * config.seqlen} tokens"
     )
 
@@ -136,7 +139,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("permute", PermuteConfig, _permute, _plan_permute, writes_model=True),
         Stage("prune", PruneConfig, _prune, _plan_prune, writes_model=True, shared=True),
-        Stage("recover", RecoverConfig, _recover, _plan_recover, writes_model=True, shared=True),
+        Stage("recover", RecoverStageConfig, _recover, _plan_recover, writes_model=True, shared=True),
         Stage("contextual", ContextualConfig, _contextual, _plan_contextual, writes_model=True),
         Stage("quantize", QuantizeConfig, _quantize, _plan_quantize, writes_model=True),
         Stage("export", ExportConfig, _export, lambda bundle, config: str(config.format), writes_model=True),

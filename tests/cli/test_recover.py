@@ -80,6 +80,67 @@ def test_records_train_on_responses(cli: Callable[..., Any], one_pruned: Path, t
     assert data["tokens_with_labels"] < data["tokens_of_records"]
 
 
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Forty records, of which a short sentence, one twice and one that is too long for 64 tokens."""
+    rows = [{"instruction": f"Say {number}.", "output": f"{number} it is. " * (1 + number % 3)} for number in range(38)]
+    rows += [rows[0], {"instruction": "Say much.", "output": "much " * 100}]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "records.jsonl"
+
+
+FEW = ("--seqlen", 64, "--max-tokens", 512, "--batch-tokens", 256)
+
+
+def test_trains_on_the_records_it_chooses(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSLLM_CACHE", str(tmp_path / "cache"))
+    flags = ("--teacher", tiny, "--records", records, *FEW)
+    out = tmp_path / "out"
+    done = cli("recover", one_pruned, out, *flags, "--select", "kd-gap:budget=0.25", "--json")
+    assert done.code == 0, done.err
+    metrics = done.json["stages"][0]["metrics"]
+    assert metrics["selection"]["records"] == 38
+    assert metrics["selection"]["chosen"] == metrics["data"]["used"] == 10
+    assert "1 repeated" in done.err
+    assert "1 longer than 64 tokens" in done.err
+    chosen = [json.loads(line) for line in (out / "01-recover" / "chosen.jsonl").read_text().splitlines()]
+    assert len({row["from"] for row in chosen}) == 10
+    scores = [row["selection"]["score"] for row in chosen]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] > 0
+
+    alone = cli("select", records, tmp_path / "alone.jsonl", "--teacher", tiny, "--student", one_pruned,
+                "--method", "kd-gap", "--budget", "11", "--max-tokens", 64, "--dtype", "float32")  # fmt: skip
+    assert alone.code == 0, alone.err
+    lines = [json.loads(line)["selection"]["line"] for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    assert [row["selection"]["line"] for row in chosen] == [line for line in lines if line != 40][:10]
+
+
+def test_a_finished_choice_is_not_made_again(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressllm.recover import loop
+    from compressllm.stages import recovery
+
+    flags = ("--teacher", tiny, "--records", records, *FEW, "--select", "random:budget=9")
+
+    def dies(*rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_step", dies)
+        assert cli("recover", one_pruned, tmp_path / "out", *flags).code == 130
+    monkeypatch.setattr(recovery, "select_records", dies)
+    done = cli("recover", one_pruned, tmp_path / "out", *flags, "--json")
+    assert done.code == 0, done.err
+    assert done.json["stages"][0]["metrics"]["data"]["used"] == 9
+    records.write_text(records.read_text() + json.dumps({"instruction": "More?", "output": "More."}) + "\n")
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert cli("recover", one_pruned, tmp_path / "again", *flags).code == 130, "other records are another choice"
+
+
 def test_a_cached_teacher_answers_once(
     cli: Callable[..., Any], one_pruned: Path, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +177,10 @@ def test_budget_check_says_how_far_decay_reaches(cli: Callable[..., Any], tiny: 
         (("--losses", "ce=1", "--train", "masklora", "--masking", "ast"), "train: masklora holds masks as they are"),
         (("--losses", "ce=1", "--data", "nothing.txt"), "nothing.txt: does not exist"),
         (("--losses", "ce=1", "--records", "nothing.jsonl"), "nothing.jsonl does not exist"),
+        (("--losses", "ce=1", "--select", "random"), "random chooses among records; give records"),
+        (("--losses", "ce=1", "--records", "x", "--select", "kd-gap"), "give that as teacher"),
+        (("--losses", "ce=1", "--records", "x", "--select", "radnom"), "did you mean 'random'"),
+        (("--losses", "ce=1", "--records", "x", "--select", "random:0.1"), "'0.1' has no value"),
         (("--losses", "ce=1", "--mixture", "0.5,0.5"), "mixture has 2 shares for 1 sources"),
         (("--losses", "ce=1", "--seqlen", "100000"), "seqlen 100000"),
         (("--losses", "ce=1", "--pattern", "1:4"), "breaks 1:4"),

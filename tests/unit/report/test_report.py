@@ -114,10 +114,13 @@ def test_sweeps_benches_and_selections_are_shown(run_folder, sweep, tmp_path):
     (run_folder / "chosen.report.json").write_text(
         json.dumps({"clusters": [{"cluster": 0, "records": 9, "phrases": ["sorting", "lists"]}], "budget": 5})
     )
+    clusters = [{"cluster": 0, "records": 7, "budget": 4, "degradation": 0.5, "phrases": ["bridges"]}]
+    chosen = {"clusters": clusters, "budget": 4, "map": {"places": [[0.1, 0.2], [0.3, 0.4]], "clusters": [0, 0]}}
+    (run_folder / "03-recover" / "chosen.report.json").write_text(json.dumps(chosen))
     (run_folder / "anything.json").write_text("[1, 2]")
     (run_folder / "sweep.json").write_text(json.dumps(sweep))
     words = " ".join(page_of(run_folder)[1].words)
-    for wanted in ("Knee by loss: 0.3, 30 % removed", "tokens a second", "sorting, lists", "5 records were chosen"):
+    for wanted in ("Knee by loss: 0.3, 30 % removed", "tokens a second", "sorting, lists", "5 records were chosen", "4 of 7 (57%)"):
         assert wanted in words, wanted
     alone = tmp_path / "sweep"
     alone.mkdir()
