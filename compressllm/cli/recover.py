@@ -42,7 +42,9 @@ def recover(
     decay_strength: Annotated[float | None, flag(RecoverStageConfig, "decay_strength")] = None,
     refresh: Annotated[int | None, flag(RecoverStageConfig, "refresh")] = None,
     train: Annotated[str | None, flag(RecoverStageConfig, "train")] = None,
-    slorb: Annotated[str | None, flag(RecoverStageConfig, "slorb", "A mapping, as in '{block: 16, export: drop}'.")] = None,
+    slorb: Annotated[
+        str | None, flag(RecoverStageConfig, "slorb", "A mapping, as in '{block: 16, export: drop}'.")
+    ] = None,
     activation_checkpointing: Annotated[bool | None, flag(RecoverStageConfig, "activation_checkpointing")] = None,
     sharding: Annotated[str | None, flag(RecoverStageConfig, "sharding")] = None,
     evaluate_every: Annotated[float | None, flag(RecoverStageConfig, "evaluate_every")] = None,
@@ -60,8 +62,8 @@ def recover(
     from compressllm.stages.recipe import make_recipe, method_spec, switch_or_mapping
 
     settings = given(
-        teacher=teacher, data=data, mixture=_numbers(mixture), records=records, select=select, held_out=held_out, seqlen=seqlen,
-        max_tokens=max_tokens, batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup,
+        teacher=teacher, data=data, mixture=_numbers(mixture), records=records, select=select, held_out=held_out,
+        seqlen=seqlen, max_tokens=max_tokens, batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup,
         schedule=schedule, weight_decay=weight_decay, clip=clip, losses=losses, teacher_cache=teacher_cache,
         temperature=temperature, masking=masking, pattern=pattern, skip=skip, decay=decay,
         decay_strength=decay_strength, refresh=refresh, train=method_spec(train),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 
-from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.errors import PatternError, RecipeError, UnsupportedModelError
 from compressllm.core.masks import MaskStore
-from compressllm.core.pattern import Unstructured
+from compressllm.core.pattern import NM, Unstructured
 from compressllm.recover.config import RecoverConfig
+from compressllm.recover.deferred import Deferred
 from compressllm.recover.held import Held
-from compressllm.recover.masking import Adaptive, Deferred, MaskedWeight, Masking
-from compressllm.recover.schedules import annealed_decay
+from compressllm.recover.masking import Adaptive, MaskedWeight, Masking
+from compressllm.recover.schedules import annealed_decay, gradual_sparsity, mask_decay, structure_decay
 from compressllm.recover.sharding import Sharding
+from compressllm.recover.tightening import Gradual, MaskDecay, StructureDecay
+
+#: What an exponential mask decay has fallen to by the time that masks are frozen, unless its rate is given.
+_LEFT: Final = 0.01
 
 
 def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding) -> Masking:
@@ -35,8 +42,45 @@ def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverCo
             raise UnsupportedModelError(f"{name}: {reason}; its mask cannot move here, use masking fixed")
     last = config.steps - round(config.freeze * config.steps)
     if config.masking == "deferred":
-        return Deferred(weights, config.strength, config.steps, config.refresh, last)
+        return Deferred(weights, config.strength, config.steps, config.refresh, last, config.scales)
+    if config.masking != "ast":
+        return _tightening(weights, held, config, last)
     return Adaptive(weights, decay_of(config), config.refresh, last, config.decay == "reversed")
+
+
+def _tightening(weights: dict[str, MaskedWeight], held: Held, config: RecoverConfig, last: int) -> Masking:
+    """Masks that begin dense. Raises RecipeError, PatternError if they cannot."""
+    if held.origin != "magnitude":
+        raise RecipeError(
+            f"masking {config.masking}: begins with a dense model and a pattern, and the student is pruned already; "
+            "give the dense one, or take masking fixed or ast"
+        )
+    if config.masking == "gradual":
+        prunings = max(1, last // config.refresh)
+
+        def share(step: int) -> float:
+            return gradual_sparsity(step, 0, config.refresh, prunings, 0.0, 1.0)
+
+        return Gradual(weights, share, config.refresh, last)
+    if config.masking == "mask-decay":
+        rate = config.decay_strength if config.decay_strength is not None else -math.log(_LEFT) / max(1, last)
+
+        def factor(step: int) -> float:
+            return mask_decay(step, config.steps, rate, shape=config.decay_shape, hard=config.freeze)
+
+        return MaskDecay(weights, factor, config.refresh, last)
+
+    def pattern(target: NM, step: int) -> NM:
+        return NM(*structure_decay(step, config.steps, target.n, target.m, kind=config.structure))
+
+    for name, linear in held.linears.items():
+        target = held.patterns[name]
+        if not isinstance(target, NM):
+            raise PatternError(f"masking structure-decay: {target} has no groups; give a pattern as 2:4")
+        widest = pattern(target, 0)
+        if reason := widest.refuses(linear.shape):
+            raise PatternError(f"{name}: {reason}; take structure: stepwise, or name it under skip")
+    return StructureDecay(weights, pattern, config.refresh, last)
 
 
 def decay_of(config: RecoverConfig) -> Callable[[int], float]:

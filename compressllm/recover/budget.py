@@ -70,8 +70,8 @@ def decay_budget(bundle: Bundle, config: RecoverConfig, run: Run) -> DecayBudget
 
     Source: CAST's decay distance, arXiv 2509.25996, as its independent reproduction counts it.
     """
-    if config.masking == "fixed":
-        raise RecipeError("masking fixed: its pruned weights are zero and nothing decays; give masking ast or deferred")
+    if config.masking not in ("ast", "deferred"):
+        raise RecipeError(f"masking {config.masking}: has no weights that decay; give masking ast or deferred")
     held = find_held(bundle, config, run)
     total, count, largest = 0.0, 0, 0.0
     for name, weight in weights_of(bundle, held.linears):

@@ -28,8 +28,9 @@ class SlorbConfig(Config):
     """Inputs that share a column."""
     projected: bool = True
     """Train both factors of a branch, not only the outer one."""
-    export: Literal["forbid", "drop"] = "forbid"
-    """What becomes of the branches, which no checkpoint with the masks' zeros can hold: drop leaves them out."""
+    export: Literal["forbid", "drop", "merge"] = "forbid"
+    """What becomes of the branches, which no checkpoint with the masks' zeros can hold: drop leaves them out, merge
+    adds them to the weights, which are dense then."""
 
 
 class RecoverConfig(Config):
@@ -78,8 +79,10 @@ class RecoverConfig(Config):
     """Have the teacher answer all windows once, and keep its most likely so many tokens on disk; None asks it anew."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the distillation losses."""
-    masking: Literal["fixed", "ast", "deferred"] = "fixed"
-    """Whether masks stay (fixed), move while pruned weights decay (ast), or act in the optimizer only (deferred)."""
+    masking: Literal["fixed", "ast", "deferred", "gradual", "mask-decay", "structure-decay"] = "fixed"
+    """Whether masks stay (fixed), move while pruned weights decay (ast), or act in the optimizer only (deferred). Of a
+    dense student: prune more and more (gradual), shrink what is pruned in the forward pass (mask-decay), or go through
+    patterns that prune less (structure-decay)."""
     pattern: Pattern | None = None
     """What a dense student is trained to, whose first masks are by size; a pruned one is checked against it."""
     skip: tuple[str, ...] = ()
@@ -88,7 +91,14 @@ class RecoverConfig(Config):
     """Of pruned weights under ast: rising to its full strength, at it from the start; experiments: with the wrong sign,
     or none."""
     decay_strength: float | None = Field(default=None, ge=0)
-    """Full strength of that decay; 1e-4 under ast and 4e-7 under deferred unless given."""
+    """Full strength of that decay; 1e-4 under ast and 4e-7 under deferred unless given. Under mask-decay its rate a
+    step; what leaves a hundredth by the time that masks are frozen unless given."""
+    decay_shape: Literal["exponential", "linear"] = "exponential"
+    """Of mask-decay."""
+    structure: Literal["stepwise", "geometric", "densify"] = "stepwise"
+    """The way of structure-decay to 2:4: by 3:4; by 16:32, 8:16 and 4:8; or by 2:32, 2:16 and 2:8."""
+    scales: int = Field(default=2, ge=0)
+    """Under deferred, equal parts of each row that get a learnt scale, folded in at the end; 0 for none."""
     ramp: float = Field(default=0.25, gt=0, le=1)
     """Share of the steps over which annealed decay rises."""
     refresh: int = Field(default=10, ge=1)

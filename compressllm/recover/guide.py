@@ -19,6 +19,7 @@ from compressllm.recover.headchunks import IGNORED, Teacher
 from compressllm.recover.losses import LossWeights
 from compressllm.recover.packing import PackedRows, check_packing
 from compressllm.recover.rows import Rows
+from compressllm.recover.sharding import Sharding
 from compressllm.recover.squarehead import block_outputs, check_shape, squarehead
 from compressllm.recover.teacher import ResidentTeacher, open_teacher
 from compressllm.recover.teachercache import TeacherCache, open_cache
@@ -94,6 +95,7 @@ def make_guide(
     cached: CacheOptions | None = None,
     rows: Rows | None = None,
     run: Run | None = None,
+    sharding: Sharding | None = None,
 ) -> Guide:
     """A guide with the teacher loaded, or its answers opened, if the losses look at one.
 
@@ -105,6 +107,7 @@ def make_guide(
         dtype: Of the teacher's weights.
         cached: Have the teacher answer ``rows`` once, beforehand. The dtype is then the cache maker's.
         rows: What is trained on.
+        sharding: How processes share the teacher, unless its answers are cached: the first then makes them alone.
 
     Raises: RecipeError for a teacher that is missing, of another vocabulary, or, with SquareHead, of another shape or
         cached; UnsupportedModelError for one in which packed records see each other; what `open_cache` raises.
@@ -124,11 +127,13 @@ def make_guide(
         cache = open_cache(cached.root, opened, rows, load, run, k=cached.k)
         run.metrics["teacher_cache"] = {name: cache.facts[name] for name in ("k", "captured_mass")}
         return Guide(weights, cache=cache)
-    return Guide(weights, load(), None, find_blocks(model).modules, paper_exact)
+    return Guide(weights, load(sharding), None, find_blocks(model).modules, paper_exact)
 
 
-def _load(bundle: Bundle, device: torch.device, dtype: torch.dtype, packed: bool) -> ResidentTeacher:
-    teacher = ResidentTeacher(bundle, device, dtype)
+def _load(
+    bundle: Bundle, device: torch.device, dtype: torch.dtype, packed: bool, sharding: Sharding | None = None
+) -> ResidentTeacher:
+    teacher = ResidentTeacher(bundle, device, dtype, sharding)
     if packed:
         check_packing(teacher.model)
     return teacher

@@ -64,7 +64,7 @@ class Training:
         for step in self.run.track(range(done, steps), steps - done, lambda: self._label):
             row = self._step(step, order, progress)
             if self.masking.refreshes(step + 1):
-                progress.masks = self._refresh_()
+                progress.masks = self._refresh_(step + 1)
                 row |= progress.masks
             metrics.write(step=step + 1, **row)
             if (step + 1) % looks == 0 or step + 1 == steps:
@@ -157,9 +157,9 @@ class Training:
             )
         return losses
 
-    def _refresh_(self) -> dict[str, float]:
+    def _refresh_(self, step: int) -> dict[str, float]:
         """Choose masks anew, and write the parameters with them; what they came to."""
-        counts = self.masking.refresh_(self.optimizer.weights)
+        counts = self.masking.refresh_(self.optimizer.effective, step)
         self.optimizer.write_()
         return self.sharding.sum_over_shards(counts).metrics()
 
@@ -169,18 +169,20 @@ class Training:
         Raises: TrainingError if it is not finite, or has risen too far over its lowest.
         """
         trained = nll = self.held_out.student_nll(self.student)
-        if self.masking.name == "deferred":  # what is trained is dense, and is no worse for what a mask makes of it
+        if not self.masking.exact:  # what is trained is no worse for what a mask will make of it
             with self.optimizer.as_result():
                 nll = self.held_out.student_nll(self.student)
         progress.held_out = nll
         metrics.write(step=progress.step, held_out_nll=nll, held_out_perplexity=math.exp(min(nll, 700.0)))
-        if not trained <= progress.lowest + self.config.diverged:
+        settled = self.masking.settled(progress.step)
+        if not trained <= (progress.lowest + self.config.diverged if settled else math.inf):
             raise TrainingError(
                 f"step {progress.step} of {self.config.steps}: the held-out loss is {trained:.3f} where it was "
                 f"{progress.lowest:.3f}: training diverged; lower lr{self._kept()}"
             )
-        progress.lowest = min(progress.lowest, trained)
-        if progress.step and nll < progress.best.get("nll", math.inf):
+        if settled:  # until then more and more is taken away, and a higher loss says nothing
+            progress.lowest = min(progress.lowest, trained)
+        if progress.step and settled and nll < progress.best.get("nll", math.inf):
             last = progress.step == self.config.steps
             name = None if last else self.checkpoints.save_best(progress.step)
             progress.best = {"nll": nll, "step": progress.step, "name": name}

@@ -1,10 +1,10 @@
-"""How masks and training go together: masks that stay, that move while pruned weights decay, or that act at the end."""
+"""How masks and training go together: masks that stay, and masks that move while pruned weights decay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -28,10 +28,14 @@ class MaskedWeight:
     transposed: bool = False
     first: Tensor | None = None
 
-    def choose(self, weight: Tensor) -> Tensor:
-        """The mask of the largest weights, of the parameter's shape."""
-        size = weight.abs()
-        return self.pattern.keep(size.T).T.contiguous() if self.transposed else self.pattern.keep(size)
+    def choose(self, weight: Tensor, choice: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The mask of the largest weights, of the parameter's shape.
+
+        Args:
+            choice: From (out, in) sizes to the mask; the pattern's unless given.
+        """
+        choice, size = choice or self.pattern.keep, weight.abs()
+        return choice(size.T).T.contiguous() if self.transposed else choice(size)
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,15 @@ class Masking:
         weights: Parameter name -> its mask. Keyed by name: what is hung on a parameter is lost when it is sharded.
     """
 
-    name: Literal["fixed", "ast", "deferred"] = "fixed"
+    name: str = "fixed"
     moves = False
     """Whether the pruned weights live on, and the optimizer asks for `direction`."""
+    apart = False
+    """Whether the forward pass uses another tensor than the optimizer's, of a weight that is float32 too."""
+    exact = True
+    """Whether the forward pass uses, at every step, what the result would be were it the last."""
+    scales = 0
+    """Equal parts of each row of a weight that get a learnt scale."""
 
     def __init__(self, weights: Mapping[str, MaskedWeight]) -> None:
         self.weights = dict(weights)
@@ -98,20 +108,36 @@ class Masking:
         """
         raise NotImplementedError
 
-    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
-        """What the forward pass uses in place of the optimizer's ``weight``."""
+    def forward_weight(self, name: str, weight: Tensor, step: int) -> Tensor:
+        """What the forward pass uses in place of the optimizer's ``weight`` once ``step`` steps are done."""
         return weight
+
+    def begin_(self, weights: Mapping[str, Tensor]) -> None:
+        """Put the masks of step 0 in place, where they are others than those that training is to end near."""
+
+    def settled(self, step: int) -> bool:
+        """Whether what ``step`` steps leave obeys the patterns, so that it may be the result."""
+        return True
 
     def refreshes(self, step: int) -> bool:
         """Whether masks are chosen anew once ``step`` (from 1) is done."""
         return False
 
-    def refresh_(self, weights: Mapping[str, Tensor]) -> MaskCounts:
-        """Choose the masks anew, in place, from the optimizer's weights."""
+    def refresh_(self, weights: Callable[[str], Tensor], step: int) -> MaskCounts:
+        """Choose the masks anew, in place, once ``step`` steps are done.
+
+        Args:
+            weights: Name -> the optimizer's weight, its scales multiplied in.
+        """
         total = MaskCounts()
         for name, one in self.weights.items():
-            total += _refresh_(one, weights[name])
+            weight = weights(name)
+            total += _replace_(one, weight, self._chosen(one, weight, step))
         return total
+
+    def _chosen(self, one: MaskedWeight, weight: Tensor, step: int) -> Tensor:
+        """The mask that a weight has from now on."""
+        return one.choose(weight)
 
 
 #: What the released GPT-2 trainer of AST multiplies decay by: the bitwise complement of an int32 mask is -1 where
@@ -134,8 +160,8 @@ class Adaptive(Masking):
     Source: AST, arXiv 2407.20584, section 3.
     """
 
-    name: Literal["fixed", "ast", "deferred"] = "ast"
-    moves = True
+    name = "ast"
+    moves = apart = True
 
     def __init__(
         self,
@@ -161,7 +187,7 @@ class Adaptive(Masking):
             return momentum.addcmul_(weight, torch.where(keep, kept * strength, pruned * strength))
         return momentum.add_(weight.masked_fill(keep, 0.0), alpha=strength)
 
-    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
+    def forward_weight(self, name: str, weight: Tensor, step: int) -> Tensor:
         """M * W."""
         return weight * self.weights[name].keep
 
@@ -170,38 +196,8 @@ class Adaptive(Masking):
         return step % self._period == 0 and step <= self._last
 
 
-class Deferred(Adaptive):
-    """CAST: the forward is dense; sparsity comes from the optimizer, whose decay takes over from the gradient.
-
-    On pruned weights u = (1 - a) mu + a lambda sign(W), where a rises from 0 to 1 over training.
-
-    Args:
-        steps: All steps of the run.
-
-    Source: CAST, arXiv 2509.25996.
-    """
-
-    name = "deferred"
-
-    def __init__(
-        self, weights: Mapping[str, MaskedWeight], strength: float, steps: int, period: int, last: int
-    ) -> None:
-        super().__init__(weights, lambda step: strength, period, last)
-        self._steps = steps
-
-    def direction(self, name: str, momentum: Tensor, weight: Tensor, step: int) -> Tensor:
-        """Mu where kept, (1 - a) mu + a lambda sign(W) where pruned."""
-        share = step / self._steps
-        decayed = weight.sign().mul_(share * self._decay(step)).add_(momentum, alpha=1 - share)
-        return torch.where(self.weights[name].keep, momentum, decayed)
-
-    def forward_weight(self, name: str, weight: Tensor) -> Tensor:
-        """All of W."""
-        return weight
-
-
-def _refresh_(one: MaskedWeight, weight: Tensor) -> MaskCounts:
-    before, one.keep = one.keep, one.choose(weight)
+def _replace_(one: MaskedWeight, weight: Tensor, keep: Tensor) -> MaskCounts:
+    before, one.keep = one.keep, keep
     size = weight.abs()
     kept_weights, kept = int(one.keep.count_nonzero()), float(torch.where(one.keep, size, 0.0).sum())
     size.masked_fill_(one.keep, 0.0)

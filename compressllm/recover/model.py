@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from compressllm.core.cache import cache_folder
 from compressllm.core.compute import choose_device
 from compressllm.core.errors import FormatError, RecipeError
+from compressllm.core.masks import MaskStore
 from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle
 from compressllm.models.record import computed_on
@@ -53,7 +55,10 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     trainee = Trainee(bundle, held, config, sharding, dtype, run.seed, packed)
     cached = CacheOptions(cache_folder() / "teachers", config.teacher_cache) if config.teacher_cache else None
     weights, model = config.loss_weights, trainee.model
-    guide = make_guide(weights, config.teacher, bundle, model, device, dtype, cached=cached, rows=data.train, run=run)
+    guide = make_guide(
+        weights, config.teacher, bundle, model, device, dtype, cached=cached, rows=data.train, run=run,
+        sharding=sharding,
+    )  # fmt: skip
     masking = make_masking(held, trainee.shapes, config, sharding)
     optimizer = Optimizer(trainee.local(), masking, config.betas, config.weight_decay)
     trainee.take_stored_(optimizer)
@@ -65,7 +70,8 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
         **computed_on(bundle.checkpoint, dtype, device),
     }
     run.ranks.agree(fingerprint)
-    checkpoints = Checkpoints(run.folder, fingerprint, trainee.shapes, optimizer, masking, sharding)
+    shapes = optimizer.shapes(trainee.shapes)
+    checkpoints = Checkpoints(run.folder, fingerprint, shapes, optimizer, masking, sharding)
     training = Training(
         config=config,
         accelerator=accelerator,
@@ -82,9 +88,12 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     )
     progress = training.train_()
 
-    trained, left_out = trainee.finish_(optimizer)
-    if left_out:  # without branches the model computes something else
+    trained, branches = trainee.finish_(optimizer)
+    if branches:  # without them the model computes something else
         progress.best["nll"] = training.held_out.student_nll(trainee.student)
+        if branches["export"] == "merge":
+            run.warn(f"slorb: its branches are merged, so that {len(held.linears)} linears are dense from now on")
+            held = replace(held, linears={}, patterns={}, masks=MaskStore())
     masks = final_masks(held, masking, trainee.shapes, sharding)
     if bundle.checkpoint is not None and run.folder is not None:
         recovered = publish(bundle, run.folder, held, masks, trained, run.ranks)
@@ -93,11 +102,11 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     checkpoints.clean()
     run.metrics.update(
         linears=len(recovered.masks),
-        sparsity=recovered.masks.sparsity(),
+        sparsity=recovered.masks.sparsity() if recovered.masks else 0.0,
         masks_sha256=recovered.masks.sha256(),
         masks_from=held.origin,
         trained_parameters=sum(math.prod(shape) for shape in trainee.shapes.values()),
-        slorb=left_out or None,
+        slorb=branches or None,
         **progress.facts(),
         data=data.facts,
         dtype=str(dtype).removeprefix("torch."),

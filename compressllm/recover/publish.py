@@ -101,7 +101,8 @@ def _finish(
     out.finish()
     stored = {name: names[f"{name}.weight"].removesuffix(".weight") for name in held.linears}
     kept = MaskStore({stored[name]: masks.packed(name) for name in held.linears})
-    write_masks(work / MASKS_NAME, kept)
+    if kept:
+        write_masks(work / MASKS_NAME, kept)
     linears: dict[str, PrunableLinear] = {stored[name]: linear for name, linear in held.linears.items()}
     patterns = {stored[name]: held.patterns[name] for name in held.linears}
     finish_sparse_folder(work, bundle.checkpoint, linears, kept, patterns)

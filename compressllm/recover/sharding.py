@@ -31,6 +31,13 @@ class Sharding(ABC):
     def wrap_(self, student: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Leave this process only what it holds of the student's parameters."""
 
+    def wrap_frozen_(self, blocks: Iterable[nn.Module]) -> bool:
+        """Leave this process only what it holds of the blocks of a model that is not trained; whether it did.
+
+        All processes must then call the model together.
+        """
+        return False
+
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
         """The rows that this process holds of a parameter or its gradient: the same memory."""
@@ -121,6 +128,14 @@ class FullyShared(Sharding):
         for block in blocks:
             fully_shard(block, mesh=self._mesh, mp_policy=policy)
         fully_shard(student, mesh=self._mesh, mp_policy=policy)
+
+    def wrap_frozen_(self, blocks: Iterable[nn.Module]) -> bool:
+        """Shard block by block; each is gathered for its own forward. What lies outside blocks stays whole."""
+        from torch.distributed.fsdp import fully_shard
+
+        for block in blocks:
+            fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        return True
 
     def local(self, tensor: Tensor) -> Tensor:
         """The rows of a DTensor."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelError
 
 #: What becomes of the branches when training is over; see `SLoRB`.
-ExportPolicy = Literal["forbid", "drop"]
+ExportPolicy = Literal["forbid", "drop", "merge"]
 
 
 class BranchedLinear(nn.Module):
@@ -70,13 +70,14 @@ class SLoRB:
     """Branches beside all masked linears: capacity for training, 1 / k of a matrix each, twice that if X is trained.
 
     A branch is dense: added to its weight it fills the zeros, and left out the model computes something else. There is
-    no form yet in which a checkpoint keeps it, so whoever trains with branches must say beforehand that they are to be
-    dropped; the rest is refused before anything is trained.
+    no form in which a checkpoint keeps it beside its weight, so whoever trains with branches must say beforehand which
+    of the two it is to be; the rest is refused before anything is trained.
 
     Args:
         block: k, inputs that share a column of S.
         projected: Train X too, as both released configurations do.
-        export: ``drop`` the branches when training is over, or ``forbid`` training with them.
+        export: When training is over ``drop`` the branches, or ``merge`` them into weights that are dense from then on;
+            or ``forbid`` training with them.
 
     Source: Huang et al., Adaptive Sparse Trainer, AAAI 2025.
     """
@@ -102,7 +103,8 @@ class SLoRB:
         if self.export == "forbid":
             raise RecipeError(
                 "slorb: a branch is dense, and no checkpoint with the mask's zeros can hold it; "
-                "say export: drop to train with branches and leave them out of the result, or train without"
+                "say export: drop to train with branches and leave them out of the result, export: merge for a dense "
+                "result, or train without"
             )
         branched: dict[str, BranchedLinear] = {}
         for name in masks:
@@ -114,21 +116,28 @@ class SLoRB:
             model.set_submodule(name, module)
 
     def detach_(self, model: nn.Module) -> dict[str, Any]:
-        """Leave the branches out again. Changes ``model`` in place.
+        """Leave the branches out again, or merge them into their weights. Changes ``model`` in place.
 
-        Returns: How much was left out, for the manifest: the norm of all branches over that of all weights, and the
+        Returns: How much that was, for the manifest: the norm of all branches over that of all weights, and the
         fraction of the branches' squared norm that lies on pruned weights.
         """
         weights = branches = outside = 0.0
         for name, module in list(_branched(model)):
-            product, weight = module.product().square_(), module.weight.detach()
+            product, weight = module.product(), module.weight.detach()
+            size = product.square()
             weights += float(weight.float().square().sum(dtype=torch.float64))
-            branches += float(product.sum(dtype=torch.float64))
-            outside += float(product.masked_fill_(weight != 0, 0.0).sum(dtype=torch.float64))
+            branches += float(size.sum(dtype=torch.float64))
+            outside += float(size.masked_fill_(weight != 0, 0.0).sum(dtype=torch.float64))
+            if self.export == "merge":
+                weight.add_(product.to(weight.dtype))
             model.set_submodule(name, module.plain())
         if not weights:
             raise FormatError("the model has no branches to leave out")
-        return {"branch_to_weight_norm": (branches / weights) ** 0.5, "branch_on_pruned": outside / (branches or 1.0)}
+        return {
+            "export": self.export,
+            "branch_to_weight_norm": (branches / weights) ** 0.5,
+            "branch_on_pruned": outside / (branches or 1.0),
+        }
 
 
 def _branched(model: nn.Module) -> Iterator[tuple[str, BranchedLinear]]:

@@ -14,6 +14,7 @@ from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.recover.head import Head, head_of, hidden_states
 from compressllm.recover.headchunks import TeacherHidden
+from compressllm.recover.sharding import Sharding
 from compressllm.recover.squarehead import block_outputs
 
 
@@ -37,23 +38,29 @@ class ResidentTeacher:
         bundle: Its weights are read here; its parameters need no gradient.
         device: Its own, which need not be the student's.
         dtype: Of its weights.
+        sharding: How processes share it; all of them then call it together. None has each hold the whole.
 
     Raises: UnsupportedModelError if its logits are not made by a head we know.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, bundle: Bundle, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+    ) -> None:
         self.model = bundle.live(dtype, device).eval().requires_grad_(False)
         self.head: Head = head_of(self.model)
         self._blocks: Iterable[nn.Module] = find_blocks(self.model).modules
+        # Shards are gathered into tensors that count their versions, which inference tensors do not.
+        shared = sharding is not None and sharding.wrap_frozen_(self._blocks)
+        self._without_graph = torch.no_grad if shared else torch.inference_mode
 
     def __call__(self, batch: Mapping[str, Tensor], blocks: bool = False) -> Answer:
         """Hidden states at all positions of a batch, and the block outputs if asked for.
 
-        Those can be compared under a graph; hidden states are inference tensors otherwise.
+        Those can be compared under a graph; hidden states may be inference tensors otherwise.
         """
         here = {key: value.to(self.head.weight.device) for key, value in batch.items() if key != "labels"}
         if not blocks:
-            with torch.inference_mode():
+            with self._without_graph():
                 return Answer(TeacherHidden(hidden_states(self.model, here).flatten(0, 1), self.head))
         with torch.no_grad(), block_outputs(self._blocks) as outputs:
             hidden = hidden_states(self.model, here)

@@ -90,17 +90,22 @@ class Trainee:
                 optimizer.weights[name].copy_(self._sharding.rows(checkpoint.read(stored)))
 
     def finish_(self, optimizer: Optimizer) -> tuple[Trained, dict[str, Any]]:
-        """Leave the model with the modules it had: merge an adapter, leave out branches.
+        """Leave the model with the modules it had: merge an adapter, leave out branches or merge them.
 
         Returns: The trained values by name, and what the manifest has to say of it.
         """
-        facts = self._branches.detach_(self.model) if self._branches else {}
-        if self._adapter:
+        facts: dict[str, Any] = {}
+        if self._adapter or self._branches:
             for name, parameter in self.parameters.items():
-                parameter.data = optimizer.weights[name]
-            self._adapter.merge_(self.model)
+                parameter.data = optimizer.result(name)
+            if self._branches:
+                facts = self._branches.detach_(self.model)
+            if self._adapter:
+                self._adapter.merge_(self.model)
             changed = {name if name in self._plain else f"{name.rpartition('.')[0]}.weight" for name in self.parameters}
             return lambda name: self.model.get_parameter(name).detach() if name in changed else None, facts
+        if self._branches:
+            return lambda name: self.model.get_parameter(name).detach() if name in self.shapes else None, facts
         shapes, sharding = self.shapes, self._sharding
         return lambda name: sharding.whole(optimizer.result(name), shapes[name]) if name in shapes else None, facts
 

@@ -17,6 +17,8 @@ from compressllm.eval.config import EvalConfig
 from compressllm.eval.harness import check_tasks
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.facts import read_facts
+from compressllm.recover.config import RecoverConfig
+from compressllm.recover.data import record_files
 from compressllm.stages.environment import PeakMemory
 from compressllm.stages.export import complete_card
 from compressllm.stages.folder import MODEL, RunFolder
@@ -101,6 +103,8 @@ def check_sources(recipe: Recipe) -> None:
             check_tasks(config)
         for spec in getattr(config, "data", ()):
             open_source(spec)
+        if isinstance(config, RecoverConfig):
+            record_files(config)
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

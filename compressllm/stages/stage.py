@@ -82,11 +82,9 @@ def _recover(bundle: Bundle, config: RecoverStageConfig, run: Run) -> Bundle:
 
 def _plan_recover(bundle: Bundle, config: RecoverStageConfig) -> str:
     from compressllm.models.resolve import resolve_model
-    from compressllm.recover.data import record_files
 
     if config.teacher is not None:
         resolve_model(config.teacher)
-    record_files(config)
     chosen = f"records chosen by {config.select.method}, budget {config.select.budget:g}; " if config.select else ""
     return (
         f"{chosen}{config.masking} masks, losses {config.losses}, {config.steps} steps of "

@@ -155,6 +155,52 @@ def test_a_cached_teacher_answers_once(
     assert made == sorted(path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_a_cycle_of_sparse_soups(cli: Callable[..., Any], tiny: str, text: str, tmp_path: Path) -> None:
+    """Prune, recover twice from there, average, prune the average further: as docs/recovery.md has it."""
+    prune = ("--method", "wanda", "--data", text, "--samples", 4, "--seqlen", 64)
+    assert cli("prune", tiny, tmp_path / "first", *prune, "--pattern", "0.3").code == 0
+    for seed in (0, 1):
+        flags = ("--teacher", tiny, "--data", text, *FEW, "--seed", seed)
+        assert cli("recover", tmp_path / "first", tmp_path / str(seed), *flags).code == 0
+    assert cli("soup", tmp_path / "0", tmp_path / "1", tmp_path / "soup").code == 0
+    assert cli("verify", tmp_path / "soup", "--pattern", "0.3").code == 0
+    done = cli("prune", tmp_path / "soup", tmp_path / "second", *prune, "--pattern", "0.5", "--json")
+    assert done.code == 0, done.err
+    assert done.json["stages"][0]["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert cli("verify", tmp_path / "second", "--pattern", "0.5").code == 0
+
+
+def test_unusable_records_teachers_and_masks_are_refused(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, records: Path, tmp_path: Path
+) -> None:
+    """What a mistaken file or model comes to: one line, and no run folder."""
+    strange = tmp_path / "strange"
+    shutil.copytree(tiny, strange)
+    tokenizer = json.loads((strange / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.__getitem__)[70:72]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (strange / "tokenizer.json").write_text(json.dumps(tokenizer))
+    masked = tmp_path / "masked"
+    shutil.copytree(one_pruned, masked)
+    (masked / "masks.safetensors").write_bytes(b"no masks")
+    (tmp_path / "none.jsonl").write_text("")
+    cases = (
+        (one_pruned, ("--teacher", strange, *FEW), "give a teacher of the same tokenizer"),
+        (one_pruned, ("--teacher", tiny, "--records", records, "--seqlen", 8), "can be used, at least 2 are needed"),
+        (one_pruned, ("--teacher", tiny, "--records", tmp_path / "none.jsonl", *FEW), "0 records can be used"),
+        (one_pruned, ("--teacher", tiny, "--records", tmp_path / "none.jsonl", "--select", "random", *FEW),
+         "no record can be used"),
+        (masked, ("--teacher", tiny, *FEW), "masks.safetensors"),
+    )  # fmt: skip
+    for student, flags, says in cases:
+        done = cli("recover", student, tmp_path / "out", *flags)
+        errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert (done.code, len(errors)) == (2, 1), done.err
+        assert says in errors[0], errors[0]
+        assert not (tmp_path / "out").exists()
+
+
 def test_budget_check_says_how_far_decay_reaches(cli: Callable[..., Any], tiny: str, tmp_path: Path) -> None:
     flags = ("--losses", "ce=1", "--masking", "ast", "--pattern", "2:4", "--batch-tokens", 512, "--budget-check")
     short = cli("recover", tiny, tmp_path / "out", *flags, "--max-tokens", 2048, "--json")

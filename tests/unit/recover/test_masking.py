@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressllm.core.errors import RecipeError
 from compressllm.core.pattern import NM
+from compressllm.recover.deferred import Deferred
 from compressllm.recover.gradients import clip_
-from compressllm.recover.masking import Adaptive, Deferred, MaskedWeight, Masking
+from compressllm.recover.masking import Adaptive, MaskedWeight, Masking
 from compressllm.recover.optimizer import Optimizer
 
 BETAS = (0.9, 0.95)
@@ -128,6 +130,44 @@ def test_deferred_update_is_casts() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+def test_scales_are_trained_with_the_weight_as_autograd_would(transposed: bool) -> None:
+    """W and A are trained by what a product W A gives each of them; the parameter holds the product."""
+
+    def turned(x: Tensor) -> Tensor:
+        return x.T.contiguous() if transposed else x
+
+    weight, one = weight_and_mask()
+    keep, strength, lr, steps = one.keep.clone(), 0.3, 0.01, 10
+    w, a = weight.double(), torch.ones(6, 2, dtype=torch.float64)
+    parameter = turned(weight.clone())
+    masking = Deferred({"w": MaskedWeight(turned(keep), NM(2, 4), transposed)}, strength, steps, 100, 100, scales=2)
+    optimizer = Optimizer({"w": parameter}, masking, BETAS, weight_decay=0.0)
+    moments = [torch.zeros_like(x) for x in (w, w, a, a)]
+    for t, g in enumerate(gradients(steps)):
+        optimizer.step_({"w": turned(g)}, lr)
+        wide, corrections = a.repeat_interleave(4, dim=1), (1 - 0.9 ** (t + 1), 1 - 0.95 ** (t + 1))
+        by_w, by_a = g.double() * wide, (g.double() * w).view(6, 2, 4).sum(2)
+        moments[0] = 0.9 * moments[0] + 0.1 * by_w
+        moments[2] = 0.9 * moments[2] + 0.1 * by_a
+        moments[3] = 0.95 * moments[3] + 0.05 * by_a**2
+        mu, share = moments[0] / corrections[0], t / steps
+        u = torch.where(keep, mu, (1 - share) * mu + share * strength * w.sign())
+        moments[1] = 0.95 * moments[1] + 0.05 * u**2
+        w = w - lr * u / ((moments[1] / corrections[1]).sqrt() + 1e-8)
+        a = a - lr * moments[2] / corrections[0] / ((moments[3] / corrections[1]).sqrt() + 1e-8)
+    product = w * a.repeat_interleave(4, dim=1)
+    assert (a - 1).abs().max() > 0.01
+    assert torch.allclose(turned(parameter).double(), product, atol=1e-5)
+    assert torch.allclose(turned(optimizer.result("w")).double(), product * keep, atol=1e-5)
+
+
+def test_scales_need_parts_of_equal_width() -> None:
+    weight, one = weight_and_mask()
+    with pytest.raises(RecipeError, match="w: 8 inputs cannot be divided into 3 scaled parts"):
+        Optimizer({"w": weight}, Deferred({"w": one}, 0.1, 10, 5, 9, scales=3), BETAS, 0.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_refresh_keeps_the_largest_and_counts_flips(transposed: bool) -> None:
     _, one = weight_and_mask()
     first = one.keep.clone()
@@ -135,7 +175,7 @@ def test_refresh_keeps_the_largest_and_counts_flips(transposed: bool) -> None:
     held = MaskedWeight(first.T.contiguous() if transposed else first, NM(2, 4), transposed)
     masking = Adaptive({"w": held}, lambda step: 1e-4, 2, 7)
     assert [step for step in range(1, 11) if masking.refreshes(step)] == [2, 4, 6]
-    counts = masking.refresh_({"w": moved.T.contiguous() if transposed else moved}).metrics()
+    counts = masking.refresh_({"w": moved.T.contiguous() if transposed else moved}.__getitem__, 2).metrics()
     expected = NM(2, 4).keep(moved.abs())
     now = masking.weights["w"].keep
     assert torch.equal(now.T if transposed else now, expected)

@@ -1,6 +1,7 @@
 """Whole trainings of tiny models: what is held, what is refused, how a killed one goes on, and several processes."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -104,6 +105,36 @@ def test_what_comes_out_obeys_mask_and_pattern(masking: str, student: Path, sett
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "model", JOURNAL]
 
 
+@pytest.mark.parametrize("masking", ["gradual", "mask-decay", "structure-decay"])
+def test_masks_that_tighten_end_at_the_pattern(masking: str, dense: Path, student: Path, settings, tmp_path) -> None:
+    config = settings(masking=masking, pattern="2:4", freeze=0.25)
+    after, run = recovered(dense, config, tmp_path / "out")
+    assert all(NM(2, 4).violations(weights(after)[f"{name}.weight"] != 0) == 0 for name in after.masks)
+    assert run.metrics["sparsity"] == 0.5
+    assert run.metrics["best_step"] >= (1 if masking == "mask-decay" else 4), "only what obeys the pattern counts"
+    with pytest.raises(RecipeError, match=rf"masking {masking}: begins with a dense model .* pruned already"):
+        recovered(student, settings(masking=masking, pattern="2:4"), tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"pattern": "0.5"}, CompressError, "0.5/layer has no groups; give a pattern as 2:4"),
+        ({"pattern": "2:4", "structure": "geometric", "skip": ["*.down_proj"]}, None, ""),
+        ({"pattern": "2:4", "structure": "geometric"}, CompressError, "48 inputs are not a multiple of 32"),
+    ],
+)
+def test_structure_decay_needs_groups_that_fit(
+    changes: dict, error: type | None, said: str, dense: Path, settings, tmp_path: Path
+) -> None:
+    config = settings(masking="structure-decay", **changes)
+    if error is None:
+        recovered(dense, config, tmp_path / "out")
+        return
+    with pytest.raises(error, match=said):
+        recovered(dense, config, tmp_path / "out")
+
+
 def test_refresh_counts_steps_not_forwards(student: Path, settings, tmp_path: Path) -> None:
     """Under activation checkpointing each block's forward runs twice; the same masks come out, bit for bit."""
     plain, _ = recovered(student, settings(masking="ast"), tmp_path / "plain")
@@ -166,6 +197,15 @@ def test_branches_are_left_out_of_the_result(student: Path, settings, tmp_path: 
     assert weights(after).keys() == weights(open_bundle(str(student))).keys()
     assert all(NM(2, 4).violations(weights(after)[f"{name}.weight"] != 0) == 0 for name in after.masks)
 
+    merged, run = recovered(student, settings(slorb={"block": 8, "export": "merge"}), tmp_path / "merged")
+    assert not merged.masks
+    told = [row for row in read_metrics(tmp_path / "merged" / "metrics.jsonl") if "held_out_nll" in row][-1]
+    assert "linears are dense from now on" in run.warnings[-1]
+    assert run.metrics["held_out_perplexity"]["after"] == pytest.approx(math.exp(told["held_out_nll"]), rel=1e-5)
+    for name in after.masks:
+        assert weights(merged)[f"{name}.weight"].count_nonzero() > 0.9 * weights(merged)[f"{name}.weight"].numel()
+    assert farthest(merged, open_bundle(str(tmp_path / "merged" / "model"))) == 0
+
 
 def test_kept_weights_follow_the_data_order_of_the_seed(student: Path, settings, tmp_path: Path) -> None:
     one, _ = recovered(student, settings(), tmp_path / "one")
@@ -175,7 +215,7 @@ def test_kept_weights_follow_the_data_order_of_the_seed(student: Path, settings,
     assert farthest(one, recover_model(open_bundle(str(student)), settings(), run)) > 0
 
 
-@pytest.mark.parametrize("masking", ["fixed", "ast"])
+@pytest.mark.parametrize("masking", ["fixed", "ast", "deferred"])
 @pytest.mark.parametrize("at", [3, 7])
 def test_killed_training_goes_on_to_the_same_bits(
     masking: str, at: int, student: Path, settings, tmp_path: Path

@@ -24,7 +24,7 @@ def test_uneven_rows_of_masks_are_masks_of_uneven_rows(launch: Any) -> None:
             sharding = FullyShared(ranks, torch.device("cpu"))
             rows = sharding.rows(weight).clone()
             one = MaskedWeight(torch.ones_like(rows, dtype=torch.bool), NM(2, 4))
-            counts = Adaptive({"w": one}, lambda step: 0.0, 1, 1).refresh_({"w": rows})
+            counts = Adaptive({"w": one}, lambda step: 0.0, 1, 1).refresh_({"w": rows}.__getitem__, 1)
             norm = clip_({"w": rows.clone()}, None, sharding.total_of_shards)
             masks = sharding.whole(one.keep, weight.shape)
             return len(rows), masks, sharding.whole(rows, weight.shape), norm, sharding.sum_over_shards(counts)

@@ -120,7 +120,13 @@ def test_sweeps_benches_and_selections_are_shown(run_folder, sweep, tmp_path):
     (run_folder / "anything.json").write_text("[1, 2]")
     (run_folder / "sweep.json").write_text(json.dumps(sweep))
     words = " ".join(page_of(run_folder)[1].words)
-    for wanted in ("Knee by loss: 0.3, 30 % removed", "tokens a second", "sorting, lists", "5 records were chosen", "4 of 7 (57%)"):
+    for wanted in (
+        "Knee by loss: 0.3, 30 % removed",
+        "tokens a second",
+        "sorting, lists",
+        "5 records were chosen",
+        "4 of 7 (57%)",
+    ):
         assert wanted in words, wanted
     alone = tmp_path / "sweep"
     alone.mkdir()
