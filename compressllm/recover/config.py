@@ -75,6 +75,8 @@ class RecoverConfig(Config):
     """Largest norm of the gradient; None leaves it."""
     losses: str = "kl=1.0"
     """Weights of the losses ce, kl, reverse_kl and squarehead, as in kl=1.0,squarehead=0.5."""
+    paper_exact: bool = False
+    """Compute squarehead as its authors' code does: summed over blocks, with an epsilon that hides quiet ones."""
     teacher_cache: int | None = Field(default=None, ge=1)
     """Have the teacher answer all windows once, and keep its most likely so many tokens on disk; None asks it anew."""
     temperature: float = Field(default=1.0, gt=0)

@@ -57,7 +57,7 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     weights, model = config.loss_weights, trainee.model
     guide = make_guide(
         weights, config.teacher, bundle, model, device, dtype, cached=cached, rows=data.train, run=run,
-        sharding=sharding,
+        sharding=sharding, paper_exact=config.paper_exact,
     )  # fmt: skip
     masking = make_masking(held, trainee.shapes, config, sharding)
     optimizer = Optimizer(trainee.local(), masking, config.betas, config.weight_decay)

@@ -167,9 +167,9 @@ class Optimizer:
             gradient, weight, parts = gradients[name], self.weights[name], self._masking.scales
             by_scale = gradient * weight
             if self._masking.weights[name].transposed:
-                found[scale_name(name)] = by_scale.unflatten(0, (parts, -1)).sum(1)
+                found[scale_name(name)] = by_scale.reshape(parts, len(weight) // parts, weight.shape[1]).sum(1)
             else:
-                found[scale_name(name)] = by_scale.unflatten(1, (parts, -1)).sum(2)
+                found[scale_name(name)] = by_scale.reshape(len(weight), parts, weight.shape[1] // parts).sum(2)
             found[name] = gradient * self._scale_of(name)
         return found
 
