@@ -11,7 +11,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -21,12 +23,15 @@ from compressllm.core.run import Run
 from compressllm.models.bundle import open_bundle
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.data import load_data
-from compressllm.recover.metrics import FILE_NAME, read_metrics
+from compressllm.recover.loop import Training
 from compressllm.recover.model import recover_model
 from compressllm.stages.environment import PeakMemory, environment
 
+#: Wall and CPU seconds of a step.
+Seconds = tuple[float, float]
 
-def plain_loop(student: str, config: RecoverConfig, autocast: bool) -> list[float]:
+
+def plain_loop(student: str, config: RecoverConfig, autocast: bool) -> list[Seconds]:
     """Seconds of each step of the plain loop."""
     bundle, device = open_bundle(student), choose_device(config.device)
     rows = load_data(config, bundle, Run()).train
@@ -37,7 +42,7 @@ def plain_loop(student: str, config: RecoverConfig, autocast: bool) -> list[floa
     count, size = config.windows_per_step, config.micro_batch
     seconds = []
     for step in range(config.steps):
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         for start in range(0, count, size):
             ids = rows.batch(range(step * count + start, step * count + start + size))["input_ids"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -53,8 +58,41 @@ def plain_loop(student: str, config: RecoverConfig, autocast: bool) -> list[floa
             for weight, keep in masks.values():
                 weight.mul_(keep)
         loss.item()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
     return seconds
+
+
+def our_loop(student: str, config: RecoverConfig) -> list[Seconds]:
+    """Seconds of each step of `recover`."""
+    seconds: list[Seconds] = []
+    step = Training._step
+
+    def timed(self: Training, *given: Any) -> Any:
+        begun = time.perf_counter(), time.process_time()
+        told = step(self, *given)
+        seconds.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+        return told
+
+    Training._step = timed  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            recover_model(open_bundle(student), config, Run(folder=Path(folder)))
+    finally:
+        Training._step = step  # type: ignore[method-assign]
+    return seconds
+
+
+def measured(run: Callable[[], list[Seconds]], tokens: int) -> dict[str, Any]:
+    """What came out, the first step left aside where there are others."""
+    memory = PeakMemory()
+    seconds = run()
+    wall, cpu = (statistics.median(part[1:] or part) for part in zip(*seconds, strict=True))
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / wall,
+        "tokens_per_cpu_second": tokens / cpu,
+        "peak_memory_bytes": memory.bytes(),
+    }
 
 
 def main() -> None:
@@ -70,6 +108,7 @@ def main() -> None:
     parser.add_argument("--masking", default="fixed")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--autocast", action="store_true", help="The plain loop in bfloat16 autocast.")
+    parser.add_argument("--teacher-cache", type=int, help="tokens kept; the cache is of all of --data, so give few")
     parser.add_argument("--only", choices=("plain", "ours"), help="One of the two, for its peak memory.")
     given = parser.parse_args()
     config = RecoverConfig(
@@ -78,22 +117,18 @@ def main() -> None:
         max_tokens=given.steps * given.batch_tokens, evaluate_every=1.0, save_every=1.0,
     )  # fmt: skip
     tokens = config.windows_per_step * config.seqlen
-    result = {"tokens_a_step": tokens, **vars(given)}
+    result: dict[str, Any] = {"tokens_a_step": tokens, **vars(given)}
     if given.only != "ours":
-        memory = PeakMemory()
-        seconds = plain_loop(given.student, config, given.autocast)
-        result["plain"] = {"seconds": seconds, "tokens_per_second": tokens / statistics.median(seconds[1:] or seconds)}
-        result["plain"]["peak_memory_bytes"] = memory.bytes()
+        result["plain"] = measured(lambda: plain_loop(given.student, config, given.autocast), tokens)
     if given.only != "plain":
-        memory = PeakMemory()
-        with tempfile.TemporaryDirectory() as folder:
-            recover_model(open_bundle(given.student), config, Run(folder=Path(folder)))
-            rows = [row for row in read_metrics(Path(folder) / FILE_NAME) if "loss" in row]
-        seconds = [tokens / row["tokens_per_second"] for row in rows]
-        result["ours"] = {"seconds": seconds, "tokens_per_second": tokens / statistics.median(seconds[1:] or seconds)}
-        result["ours"]["peak_memory_bytes"] = memory.bytes()
+        result["ours"] = measured(lambda: our_loop(given.student, config), tokens)
+    if given.teacher_cache:
+        cached = config.model_copy(update={"teacher_cache": given.teacher_cache})
+        result["cached"] = measured(lambda: our_loop(given.student, cached), tokens)
     if given.only is None:
-        result["times_as_fast"] = result["ours"]["tokens_per_second"] / result["plain"]["tokens_per_second"]
+        for row in ("ours", "cached"):
+            for rate in ("tokens_per_second", "tokens_per_cpu_second") if row in result else ():
+                result[row]["times_" + rate] = result[row][rate] / result["plain"][rate]
     print(json.dumps({**result, "environment": environment()}, indent=2))
 
 

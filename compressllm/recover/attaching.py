@@ -29,12 +29,14 @@ def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverCo
     Args:
         shapes: Trained parameter -> whole shape.
 
-    Raises: UnsupportedModelError if masks are to move that cannot.
+    Raises: UnsupportedModelError, RecipeError if masks are to move that cannot.
     """
     weights = _masked_weights(held, shapes, sharding)
     if config.masking == "fixed":
         return Masking(weights)
     for name, linear in held.linears.items():
+        if linear.parameter not in shapes:
+            raise RecipeError(f"frozen: {name} is under a mask that moves; leave it to train, or take masking fixed")
         pattern = held.patterns[name]
         whole_layer = isinstance(pattern, Unstructured) and pattern.group != "row"
         if linear.expert is not None or (sharding.name != "replicated" and (linear.form or whole_layer)):

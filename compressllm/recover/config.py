@@ -109,6 +109,8 @@ class RecoverConfig(Config):
     """Share of the steps, the last ones, in which masks do not move any more."""
     train: str | dict[str, dict[str, Any] | None] = "all"
     """What trains: all parameters, or an adapter from `compressllm list adapters`, or {name: {option: value}}."""
+    frozen: tuple[str, ...] = ()
+    """Globs of parameters that stay as they are, under train: all; *embed_tokens* spares its gradient and moments."""
     slorb: SlorbConfig | None = None
     """Train with dense low-rank branches beside the masked linears; see its `export`."""
     activation_checkpointing: bool = False
@@ -149,6 +151,8 @@ class RecoverConfig(Config):
             raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
         if self.slorb and (self.train != "all" or self.sharding != "replicated"):
             raise ValueError("slorb: its branches train beside whole weights; leave train and sharding out")
+        if self.train != "all" and self.frozen:
+            raise ValueError(f"train: {self.train} says what trains; leave frozen out")
         if self.train != "all" and self.sharding != "replicated":
             raise ValueError(f"train: {self.train} is small enough to be replicated; leave sharding out")
         if self.teacher is None and self.loss_weights.need_teacher:

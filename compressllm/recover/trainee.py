@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressllm.core.errors import RecipeError
 from compressllm.core.protocols import ADAPTERS
@@ -59,6 +60,7 @@ class Trainee:
         if packed:
             check_packing(self.model)
         self.model.requires_grad_(True)
+        _freeze_(self.model, config.frozen)
         self.student = Student(self.model, config.temperature)
         self._plain = set(dict(self.model.named_parameters()))
         self._adapter = None if config.train == "all" else build(ADAPTERS, config.train, {"seed": seed})
@@ -115,3 +117,15 @@ def _weights_before(held: Held, config: RecoverConfig) -> Mapping[str, Tensor]:
     if config.teacher is None or held.origin == "magnitude":
         raise RecipeError("slorb: begins with what pruning took; give a pruned student, and the dense model as teacher")
     return dict(weights_of(open_bundle(config.teacher), held.linears))
+
+
+def _freeze_(model: nn.Module, globs: Sequence[str]) -> None:
+    """Have parameters of these names not trained. Raises RecipeError for a glob that matches none, or all."""
+    parameters = dict(model.named_parameters())
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in parameters):
+            raise RecipeError(f"frozen: {glob!r} matches no parameter; names look like {next(iter(parameters))}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not any(fnmatchcase(name, glob) for glob in globs))
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise RecipeError("frozen: all parameters are; leave some to train")

@@ -172,6 +172,21 @@ def test_adapters_leave_the_zeros_where_they_are(adapter: str, student: Path, se
     assert not any("embed" in name or "lm_head" in name for name in changed)
 
 
+def test_frozen_parameters_stay_as_they_are(student: Path, settings, tmp_path: Path) -> None:
+    before = weights(open_bundle(str(student)))
+    after, run = recovered(student, settings(frozen=["*embed_tokens*", "*lm_head*"]), tmp_path / "out")
+    unchanged = {name for name, value in weights(after).items() if torch.equal(value, before[name])}
+    assert unchanged == {name for name in before if "embed_tokens" in name or "lm_head" in name}
+    assert unchanged
+    assert run.metrics["trained_parameters"] == sum(v.numel() for n, v in before.items() if n not in unchanged)
+    with pytest.raises(RecipeError, match=r"frozen: '\*emb' matches no parameter; names look like model\.embed"):
+        recovered(student, settings(frozen=["*emb"]), tmp_path / "none")
+    with pytest.raises(RecipeError, match="frozen: all parameters are"):
+        recovered(student, settings(frozen=["*"]), tmp_path / "all")
+    with pytest.raises(RecipeError, match="q_proj is under a mask that moves"):
+        recovered(student, settings(frozen=["*q_proj*"], masking="ast"), tmp_path / "moving")
+
+
 def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_trained_with_it(
     member: Callable[..., Path], build_model: Any, settings, tmp_path: Path
 ) -> None:
