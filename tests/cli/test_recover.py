@@ -83,7 +83,9 @@ def test_records_train_on_responses(cli: Callable[..., Any], one_pruned: Path, t
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
     """Forty records, of which a short sentence, one twice and one that is too long for 64 tokens."""
-    rows = [{"instruction": f"Say {number}.", "output": f"{number} it is." + " So." * (number % 3)} for number in range(38)]
+    rows = [
+        {"instruction": f"Say {number}.", "output": f"{number} it is." + " So." * (number % 3)} for number in range(38)
+    ]
     rows += [rows[0], {"instruction": "Say much.", "output": "much" * 100}]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "records.jsonl"
