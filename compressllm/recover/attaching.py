@@ -32,7 +32,7 @@ def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverCo
     Raises: UnsupportedModelError, RecipeError if masks are to move that cannot.
     """
     weights = _masked_weights(held, shapes, sharding)
-    if config.masking == "fixed":
+    if config.masking in ("fixed", "none"):
         return Masking(weights)
     for name, linear in held.linears.items():
         if linear.parameter not in shapes:

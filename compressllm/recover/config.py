@@ -81,10 +81,10 @@ class RecoverConfig(Config):
     """Have the teacher answer all windows once, and keep its most likely so many tokens on disk; None asks it anew."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the distillation losses."""
-    masking: Literal["fixed", "ast", "deferred", "gradual", "mask-decay", "structure-decay"] = "fixed"
+    masking: Literal["fixed", "ast", "deferred", "gradual", "mask-decay", "structure-decay", "none"] = "fixed"
     """Whether masks stay (fixed), move while pruned weights decay (ast), or act in the optimizer only (deferred). Of a
     dense student: prune more and more (gradual), shrink what is pruned in the forward pass (mask-decay), or go through
-    patterns that prune less (structure-decay)."""
+    patterns that prune less (structure-decay); or have no masks (none), say to make a teacher that knows the text."""
     pattern: Pattern | None = None
     """What a dense student is trained to, whose first masks are by size; a pruned one is checked against it."""
     skip: tuple[str, ...] = ()
@@ -147,8 +147,10 @@ class RecoverConfig(Config):
             raise ValueError(f"mixture has {len(self.mixture)} shares for {len(self.data)} sources")
         if self.warmup + self.cooldown >= 1:
             raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} leave no step between them")
-        if self.masking != "fixed" and self.train != "all":
+        if self.masking not in ("fixed", "none") and self.train != "all":
             raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
+        if self.masking == "none" and (self.pattern is not None or self.slorb or self.train != "all"):
+            raise ValueError("masking none: trains a dense model as it is; leave pattern, slorb and train out")
         if self.slorb and (self.train != "all" or self.sharding != "replicated"):
             raise ValueError("slorb: its branches train beside whole weights; leave train and sharding out")
         if self.train != "all" and self.frozen:

@@ -29,13 +29,14 @@ class Held:
         linears: Name -> linear, of those that are sparse, front to back.
         patterns: Name -> pattern.
         masks: Name -> keep mask at the start.
-        origin: Where the masks are from: the student's own, its zeros, or the size of a dense student's weights.
+        origin: Where the masks are from: the student's own, its zeros, or the size of a dense student's weights; none
+            if a dense model is trained as it is.
     """
 
     linears: Mapping[str, PrunableLinear]
     patterns: Mapping[str, SparsityPattern]
     masks: MaskStore
-    origin: Literal["masks", "zeros", "magnitude"]
+    origin: Literal["masks", "zeros", "magnitude", "none"]
 
 
 def find_held(bundle: Bundle, config: RecoverConfig, run: Run) -> Held:
@@ -46,6 +47,10 @@ def find_held(bundle: Bundle, config: RecoverConfig, run: Run) -> Held:
     """
     if missing := bundle.patterns.keys() - bundle.masks.keys():
         raise FormatError(f"{_where(bundle)}says that {min(missing)} is sparse, but holds no mask of it")
+    if config.masking == "none":
+        if bundle.masks or _from_zeros(bundle):
+            raise RecipeError(f"masking none: {_where(bundle)}is pruned, and would be filled again; take masking fixed")
+        return Held({}, {}, MaskStore(), "none")
     if bundle.masks:
         held = _own(bundle)
     elif found := _from_zeros(bundle):

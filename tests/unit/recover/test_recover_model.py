@@ -421,6 +421,19 @@ def test_an_unfitting_teacher_is_refused(
     assert "\n" not in str(told.value)
 
 
+def test_a_dense_model_learns_the_text_to_be_a_teacher(dense: Path, student: Path, settings, tmp_path: Path) -> None:
+    config = settings(masking="none", losses="ce=1.0", teacher=None)
+    taught, run = recovered(dense, config, tmp_path / "teacher")
+    assert not taught.masks
+    assert not (tmp_path / "teacher" / "model" / MASKS_NAME).exists()
+    assert run.metrics["sparsity"] == 0
+    before, after = (weights(one)["model.layers.0.mlp.up_proj.weight"] for one in (open_bundle(str(dense)), taught))
+    assert (before != after).float().mean() > 0.99, "all of it is trained"
+    recovered(student, settings(teacher=str(tmp_path / "teacher" / "model")), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"masking none: .*is pruned, and would be filled again; take masking fixed"):
+        recovered(student, config, tmp_path / "refused")
+
+
 def test_masks_of_another_model_are_refused(student: Path, member, llama, settings, tmp_path: Path) -> None:
     for parameter in llama.parameters():
         parameter.data.copy_(torch.randn_like(parameter))
