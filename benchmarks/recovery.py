@@ -5,10 +5,10 @@
 
 A row is a name of `ROWS`, which says what differs from the stage's defaults. Those whose masks move begin with the
 teacher's weights and masks by size, all others with the student; `student` and `teacher` are not trained. `dense-ce`
-trains the dense model itself on the text, which says how much of a perplexity is the text's manner; `kl-corrected` first
-trains the teacher so, for as many tokens at a third of the rate. Every row is
-a process of its own, its result verified, exported packed and loaded again. Rows that the result file has already for
-as many tokens and the same seed are not measured again, so a stopped run goes on.
+trains the dense model itself on the text, which says how much of a perplexity is the text's manner; `kl-corrected`
+first trains the teacher so, for as many tokens at a third of the rate. Every row is a process of its own, its result
+verified, exported packed and loaded again. Rows that the result file has already for as many tokens and the same seed
+are not measured again, so a stopped run goes on.
 """
 
 from __future__ import annotations
