@@ -1,12 +1,11 @@
-"""Does the gate pass noise and fail a regression? Ten reseeded prunings, and the same with 2 % put in.
+"""Does the gate pass noise and fail a regression? Ten reseeded prunings, and ten with 2 % put in.
 
     python benchmarks/gate_noise.py
 
-The measure is the model pruned with seed 0. Each of the others is pruned alike with a seed of its own, so calibrated
-on other windows of the same text, and held against it as `compressllm compare --max-ppl-increase` does. Then noise is
-put on the weights that each has kept, with a scale that is bisected until the perplexity of the text's first half is
-2 % higher, and what comes of that is held against the measure as well. All is judged on the second half. Rows that the
-result file has already are not measured again.
+The measure is the model pruned with seed 0. A reseeded one is pruned alike with another seed, so calibrated on other
+windows of the same text. For a regression, noise is put on the weights that the measure has kept, drawn by another seed
+each time, with a scale at which perplexity is 2 % higher. Both are held against the measure as `compressllm compare
+--max-ppl-increase` does. Rows that the result file has already are not measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from transformers import PreTrainedModel
 
 from compressllm.calibration.windows import evaluation_windows
 from compressllm.core.run import Run
-from compressllm.eval.paired import paired_rise
 from compressllm.eval.perplexity import Perplexity, perplexity
 from compressllm.models.bundle import open_bundle
 from compressllm.prune import PruneConfig, prune_model
@@ -58,19 +56,21 @@ def disturb_(model: PreTrainedModel, masks: Any, scale: float, seed: int) -> Non
         weight += scale * weight.pow(2).mean().sqrt() * noise * masks[name]
 
 
-def regress_(model: PreTrainedModel, masks: Any, ids: Tensor, rise: float, seed: int) -> tuple[float, float]:
-    """Disturb a model until its perplexity on ``ids`` is so much higher. In place; the scale, and what it gave."""
+def regress_(model: PreTrainedModel, masks: Any, ids: Tensor, before: float, rise: float, seed: int) -> float:
+    """Disturb a model until its perplexity on ``ids`` is so much over ``before``. In place; returns the scale.
+
+    A small disturbance costs as its square, so a few steps suffice.
+    """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    before, low, high = perplexity(model, ids).perplexity, 0.0, 0.5
-    for _ in range(12):
-        scale = (low + high) / 2
+    scale = 0.1
+    for _ in range(10):
         model.load_state_dict(state)
         disturb_(model, masks, scale, seed)
         found = perplexity(model, ids).perplexity / before - 1
-        low, high = (scale, high) if found < rise else (low, scale)
         if abs(found - rise) < rise / 50:
-            break
-    return scale, found
+            return scale
+        scale *= min(2.0, max(0.5, (rise / found) ** 0.5)) if found > 0 else 2.0
+    raise SystemExit(f"seed {seed}: no scale gives a rise of {rise:.1%}; the last, {scale:.3f}, gives {found:.2%}")
 
 
 def contender(name: str, found: Perplexity) -> Contender:
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256, help="tokens in a window, of either text")
-    parser.add_argument("--windows", type=int, default=None, help="at most so many to measure on, halves together")
+    parser.add_argument("--windows", type=int, default=None, help="at most so many to measure on")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--allowed", type=float, default=0.01, help="rise that the gate lets pass")
@@ -109,45 +109,44 @@ def main() -> None:
         options.data, bundle.tokenizer, options.seqlen, options.windows,
         max_seqlen=bundle.max_seqlen, vocab_size=bundle.vocab_size,
     )  # fmt: skip
-    half = len(windows) // 2
-    first, second = windows.ids[:half], windows.ids[half:]
-    about = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    about = {key: str(value) for key, value in vars(options).items() if key not in ("out", "seeds")}
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
     if record["results"] and record["about"] != about:
         raise SystemExit(f"{options.out}: was measured with other settings; name another file")
     record |= {
-        "what": "verdicts of the gate on reseeded prunings, and on the same with a regression put in",
+        "what": "verdicts of the gate on reseeded prunings, and on a model with a regression put in",
         "command": "python benchmarks/gate_noise.py, with what `about` says",
         "about": about,
-        "windows": len(second),
+        "windows": len(windows),
         "environment": environment(),
     }
-    done = {(row["seed"], row["put_in"]) for row in record["results"]}
-    wanted = [seed for seed in range(1, options.seeds + 1) if not {(seed, False), (seed, True)} <= done]
-    if "base_nll" not in record and wanted:
-        record["base_nll"] = list(perplexity(pruned(options, 0)[0], second).window_nll)
-
-    def judged(seed: int, model: PreTrainedModel, **facts: Any) -> None:
-        found = perplexity(model, second)
-        base = Perplexity(
-            float(torch.tensor(record["base_nll"], dtype=torch.float64).mean().exp()), 0.0, 0, found.windows,
-            found.seqlen, found.dtype, tuple(record["base_nll"]),
-        )  # fmt: skip
-        line = compare([contender("seed 0", base), contender(f"seed {seed}", found)], options.allowed).lines[1]
-        rise = paired_rise(base.window_nll, found.window_nll)
-        row = {"seed": seed, **facts, "perplexity": found.perplexity, "rise": rise._asdict(), "verdict": line.verdict}
-        row |= {"window_nll": list(found.window_nll), "loadavg": os.getloadavg()[0]}
+    done = {(row["kind"], row["seed"]) for row in record["results"]}
+    wanted = [(kind, seed) for seed in range(1, options.seeds + 1) for kind in ("reseeded", "regressed")]
+    wanted = [one for one in wanted if one not in done]
+    if not wanted:
+        return
+    model, masks = pruned(options, 0)
+    base = perplexity(model, windows.ids)
+    record["base"] = {"perplexity": base.perplexity, "window_nll": list(base.window_nll)}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for kind, seed in wanted:
+        facts: dict[str, Any] = {}
+        if kind == "reseeded":
+            other, _ = pruned(options, seed)
+        else:
+            model.load_state_dict(state)
+            facts["scale"] = regress_(model, masks, windows.ids, base.perplexity, options.rise, seed)
+            other = model
+        found = perplexity(other, windows.ids)
+        line = compare([contender("measure", base), contender(f"{kind} {seed}", found)], options.allowed).lines[1]
+        assert line.rise is not None
+        row = {"kind": kind, "seed": seed, **facts, "perplexity": found.perplexity, "rise": line.rise._asdict()}
+        row |= {"verdict": line.verdict, "window_nll": list(found.window_nll), "loadavg": os.getloadavg()[0]}
         row |= {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         record["results"].append(row)
-        print(seed, facts, f"{rise.value:+.3%} {rise.low:+.3%} {rise.high:+.3%} {line.verdict}", flush=True)
-
-    for seed in wanted:
-        model, masks = pruned(options, seed)
-        record["results"] = [row for row in record["results"] if row["seed"] != seed]
-        judged(seed, model, put_in=False)
-        scale, found = regress_(model, masks, first, options.rise, seed)
-        judged(seed, model, put_in=True, scale=scale, rise_on_first_half=found)
         options.out.write_text(json.dumps(record, indent=2) + "\n")
+        rise = line.rise
+        print(f"{kind} {seed}: {rise.value:+.2%} ({rise.low:+.2%} to {rise.high:+.2%}) {line.verdict}", flush=True)
 
 
 if __name__ == "__main__":

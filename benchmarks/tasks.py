@@ -6,7 +6,7 @@ OUT is a run folder, as of `compressllm prune demo OUT --method sparsegpt --patt
 512`. Each row is one task on one model. `theirs` of a row is what lm-eval's own code says of the first --check items of
 the same task: its `hf` model loads the folder, and its task is given the items in the columns of the published set in
 the place of the hub's answer; every number and every item's score must be the same as ours on the same items. Rows that
-the result file has already are not measured again, so a stopped run goes on.
+the result file has already with the same limit are not measured again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -137,21 +137,22 @@ def main() -> None:
     }
     for task in tasks:
         for name, model in (("dense", options.dense), ("2:4", options.pruned)):
-            key = {"model": name, "task": task, "limit": options.limit}
-            if any(key.items() <= row.items() for row in record["results"]):
+            key = {"model": name, "task": task}
+            have = [row for row in record["results"] if key.items() <= row.items()]
+            if have and have[0]["limit"] == options.limit:
                 continue
             if time.monotonic() - begun > options.seconds:
                 return
             bundle = open_bundle(model)
             found = ours(bundle, task, options, options.limit)
             scores = found.pop("scores")
-            row = key | found | {
-                "scores": {metric: "".join(map(str, values)) for metric, values in scores.items()},
+            row = key | {"limit": options.limit} | found | {
+                "scores": {metric: "".join(map(str, values)) for metric, values in scores.items()},  # item by item
                 "check": compared(bundle, task, files[task].items, options),
                 "loadavg": os.getloadavg()[0],
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
             }  # fmt: skip
-            record["results"].append(row)
+            record["results"] = [one for one in record["results"] if one not in have] + [row]
             options.out.write_text(json.dumps(record, indent=2) + "\n")
             print(name, task, row["metrics"], row["check"], flush=True)
 

@@ -56,6 +56,18 @@ def test_eval_tasks_and_the_gate(cli: Callable, tiny: str, files: Path, tmp_path
     assert cli("compare", before, run, "--max-acc-drop", 0).code == 0
 
 
+def test_run_folders_and_packed_models_answer_alike(cli: Callable, tiny: str, files: Path, tmp_path: Path) -> None:
+    run, packed = tmp_path / "run", tmp_path / "packed"
+    assert cli("prune", tiny, run, "--method", "magnitude", "--pattern", "2:4").code == 0
+    assert cli("export", run, packed, "--format", "packed").code == 0
+    flags = ("--tasks", "piqa", "--task-files", files, "--limit", 6, "--dtype", "float32", "--json")
+    dense = cli("eval", run, *flags, "--backend", "dense")
+    kernel = cli("eval", packed, *flags, "--backend", "reference")
+    assert kernel.code == 0, kernel.err
+    assert kernel.json["backends"]["linears"].keys() == {"reference"}
+    assert kernel.json["tasks"] == dense.json["tasks"]
+
+
 def test_agreement_with_the_parent(cli: Callable, tiny: str, text: str) -> None:
     same = cli("eval", tiny, "--parent", tiny, "--data", text, "--seqlen", 32, "--windows", 2, "--json")
     assert same.code == 0, same.err
