@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class EvalConfig(Config):
     """Worked examples before each item; the task's own number unless given."""
     limit: float | None = Field(default=None, gt=0)
     """Only the first so many items of each task; below 1, that share of them."""
-    batch_size: int | str = 1
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Items in one forward on tasks, or auto."""
     apply_chat_template: bool = False
     """Put each item into the tokenizer's chat template."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-#: The metric a task is known by, if it has several: length-normalised accuracy where lm-eval gives it.
+#: Which accuracy a task is known by, if it has several: the length-normalised one where lm-eval gives it.
 _MAIN: Final = ("acc_norm", "acc", "exact_match")
 
 
@@ -82,14 +82,10 @@ def pooled(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main_metric(result: Mapping[str, Any]) -> str:
-    """The metric a task's result is known by: acc_norm, acc or exact_match, or else its first."""
+def accuracy_metric(result: Mapping[str, Any]) -> str | None:
+    """The metric whose accuracy a task is known by: acc_norm, acc or exact_match; None if it has none of them."""
     metrics: list[str] = list(result["metrics"])
-    for wanted in _MAIN:
-        for metric in metrics:
-            if metric.partition(",")[0] == wanted:
-                return metric
-    return metrics[0]
+    return next((name for wanted in _MAIN for name in metrics if name.partition(",")[0] == wanted), None)
 
 
 def _label(metric: str, filtered: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from compressllm.core.errors import RecipeError
 from compressllm.eval.accuracy import Drop, paired_drop, unpaired_drop
 from compressllm.eval.gate import judge
-from compressllm.eval.scores import main_metric
+from compressllm.eval.scores import accuracy_metric
 from compressllm.report.contender import Contender
 
 #: What the mean over all tasks is called where tasks are named.
@@ -56,6 +56,9 @@ def compare_tasks(
     The chance of a false alarm, ``1 - confidence``, is shared evenly by all that is judged, so that it is not larger
     for many tasks than for one (Bonferroni).
 
+    Args:
+        tasks: Tasks that both have, each with an accuracy.
+
     Raises: RecipeError if a task's items or prompts differ.
     """
     each = confidence if len(tasks) < 2 else 1 - (1 - confidence) / (len(tasks) + 1)
@@ -67,7 +70,7 @@ def compare_tasks(
                 f"{other.name}: was asked other items of {task} than {first.name}, or in another way "
                 f"({_asked(after)} against {_asked(before)}); measure both with the same compressllm eval"
             )
-        metric = main_metric(before)
+        metric = accuracy_metric(before) or ""
         pair = [one.get("scores", {}).get(metric, []) for one in (before, after)]
         value, stderr = _number(after, metric)
         drop, paired = None, len(pair[0]) == len(pair[1]) > 0

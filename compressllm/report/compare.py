@@ -9,6 +9,7 @@ from typing import Any
 from compressllm.core.errors import RecipeError
 from compressllm.eval.gate import comparable, differences, judge, rise_between
 from compressllm.eval.paired import Rise
+from compressllm.eval.scores import accuracy_metric
 from compressllm.report.accuracies import Accuracy, compare_tasks
 from compressllm.report.contender import Contender
 
@@ -106,14 +107,15 @@ def compare(
     Raises: RecipeError if what is to be judged was not measured on all, or there is nothing to compare.
     """
     first, *others = contenders
-    shared = [task for task in first.tasks if all(task in other.tasks for other in others)]
+    common = [task for task in first.tasks if all(task in other.tasks for other in others)]
+    shared = [task for task in common if accuracy_metric(first.tasks[task])]
     if drop is not None and not shared:
         raise RecipeError(
             f"{others[0].name}: has no task in common with {first.name}; "
             "measure both with the same compressllm eval --tasks"
         )
     base = None if shared and allowed is None and not _all_have_text(contenders) else _common_base(contenders)
-    warnings: list[str] = []
+    warnings = [f"{task}: has no accuracy, so it is not compared" for task in common if task not in shared]
     if base and base.get("windows", _FEW_WINDOWS) < _FEW_WINDOWS:
         warnings.append(f"{base['windows']} windows are few to tell chance by; measure {_FEW_WINDOWS} or more")
     perplexity = float(base["perplexity"]) if base else None

@@ -13,7 +13,7 @@ from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
-from compressllm.eval.harness import check_tasks, measure_tasks
+from compressllm.eval.harness import check_tasks, open_tasks
 from compressllm.eval.parent import Answers, agreement, answers
 from compressllm.eval.perplexity import perplexity
 from compressllm.kernels.linear import Choice
@@ -38,6 +38,7 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
     Raises: CalibrationError, FormatError, RecipeError, BackendUnavailableError.
     """
     check_tasks(config)
+    tasks = open_tasks(config) if config.tasks else None
     windows = _windows(bundle, config) if config.text else None
     parent = _parent_answers(bundle, config, windows, run) if windows and config.parent else None
     model, backends = prepare(bundle, config)
@@ -47,8 +48,8 @@ def measure(bundle: Bundle, config: EvalConfig, run: Run) -> dict[str, Any]:
     found["backends"] = backends
     if windows and parent:
         found["agreement"] = {"parent": config.parent, **agreement(parent, answers(model, windows.ids, run.track))}
-    if config.tasks:
-        found["tasks"] = measure_tasks(model, bundle.tokenizer, config)
+    if tasks:
+        found["tasks"] = tasks.measure(model, bundle.tokenizer)
     return found
 
 

@@ -81,6 +81,8 @@ def test_agreement_with_the_parent(cli: Callable, tiny: str, text: str) -> None:
     [
         (("--tasks", "arc_eazy", "--task-files", "."), "arc_eazy: none of . holds arc_eazy.jsonl"),
         (("--tasks", "piqa", "--task-files", "nowhere"), "is no folder"),
+        (("--tasks", "piqa"), "its items cannot be fetched from the hub"),
+        (("--tasks", "piqa", "--batch-size", "many"), "batch_size"),
         (("--tasks", "piqa", "--task-files", ".", "--write-baseline", "b.json"), "give --data too"),
     ],
 )

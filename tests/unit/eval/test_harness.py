@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from compressllm.core.errors import CompressError
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
-from compressllm.eval.scores import main_metric
+from compressllm.eval.scores import accuracy_metric
 from compressllm.models.bundle import open_bundle
 from compressllm.stages.evaluate import measure
 
@@ -57,7 +57,7 @@ LOCAL = {
         {"activity_label": "Cooking", "query": "Cooking: A # is. He", "choices": ["sits.", "goes  home."], "gold": 1}
     ),
     "lambada_openai": rows({"text": "he said it was the # and the #"}),
-    "triviaqa": rows({"question": "What is a #", "answer": "Rock", "aliases": ["rock", "the"]}),
+    "triviaqa": rows({"question": "What is a #", "answer": "Rock", "aliases": ["rock", "the"]})[:2],
     "mmlu": rows(
         {"question": "A #? ", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2},
         {"question": "No #?", "subject": "virology", "choices": ["e", "b", "c", "d"], "answer": 0},
@@ -163,7 +163,7 @@ def theirs(model) -> dict:
 def test_numbers_are_lm_evals_own(ours, theirs, name):
     mine, found = ours["tasks"][name], theirs["results"][name]
     assert mine["items"] == len(LOCAL[name])
-    assert main_metric(mine) in mine["metrics"]
+    assert accuracy_metric(mine) in mine["metrics"]
     for metric, number in mine["metrics"].items():
         key, _, filtered = metric.partition(",")
         assert number["value"] == pytest.approx(found[f"{key},{filtered or 'none'}"], rel=1e-12), metric

@@ -210,6 +210,13 @@ def test_perplexity_and_accuracy_are_gates_of_their_own(measured):
     assert compare(contenders, drop=0.01).failed == []
 
 
+def test_a_task_without_an_accuracy_is_left_out_and_that_is_said():
+    words = {"metrics": {"word_perplexity": {"value": 20.0, "stderr": None}}, "items_sha256": "x"}
+    found = compare([asked("a", wiki=words, arc=task("10")), asked("b", wiki=words, arc=task("10"))], drop=0.01)
+    assert [one.task for one in found.lines[1].accuracies] == ["arc"]
+    assert found.warnings == ["wiki: has no accuracy, so it is not compared"]
+
+
 def test_reads_tasks(tmp_path):
     (tmp_path / "tasks.json").write_text(json.dumps({"schema": 1, "tasks": {"arc": task("10")}}))
     assert read_contender(str(tmp_path / "tasks.json")).tasks["arc"]["items"] == 2
