@@ -108,6 +108,12 @@ def _call(kernel: Any, y: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> T
     return y.to(x.dtype)
 
 
+def c_function(name: str) -> int | None:
+    """Address of ``active_rows`` or ``active_columns``, see c/active.h, for kernels that call it; None without one."""
+    kernel = _kernel(name)
+    return None if kernel is None else ctypes.cast(kernel, ctypes.c_void_p).value
+
+
 @functools.cache
 def _kernel(name: str) -> Any:
     """The C function for the highest instruction set that has one and computes what torch does, or None."""

@@ -14,7 +14,7 @@ from compressllm.core.pattern import NM, SparsityPattern
 from compressllm.core.protocols import BACKENDS
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.kernels.native import bf16, integer
-from compressllm.kernels.native.library import unavailable
+from compressllm.kernels.native.library import Kernel, library, unavailable
 
 
 @BACKENDS.register("native")
@@ -63,6 +63,11 @@ class Native:
         if _quantized(packed):
             return integer.unpack(packed["blocks"], like.shape[0], columns)
         return bf16.unpack(packed["blocks"], like.shape[0], columns).to(like.dtype)
+
+    def kernel(self, packed: Mapping[str, Tensor]) -> Kernel:
+        """What computes a product with few tokens, for kernels that call it."""
+        format = integer.format_of(packed["blocks"], self.exact) if _quantized(packed) else "bf16"
+        return library().kernel(format)
 
     def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out). Where a gradient is wanted, the weight is unpacked and torch computes it."""

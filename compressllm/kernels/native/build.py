@@ -169,7 +169,7 @@ def _compile_one(work: Path, compiler: list[str], path: Path, flags: tuple[str, 
 
 def _link(work: Path, compiler: list[str], library: Path, openmp: list[str]) -> None:
     objects = sorted(str(path) for path in work.glob("*.o"))
-    _run([*compiler, "-shared", *objects, *openmp, "-lpthread", "-o", str(library)])
+    _run([*compiler, "-shared", *objects, *openmp, "-lpthread", "-lm", "-o", str(library)])
 
 
 def _run(command: list[str]) -> str:

@@ -112,6 +112,11 @@ def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int, exact: boo
     return operators[_LAYOUTS[blocks.shape[-1]]](x, blocks, bias, rows)
 
 
+def format_of(blocks: Tensor, exact: bool) -> str:
+    """Name of the format that `linear` takes these blocks for."""
+    return _LAYOUTS[blocks.shape[-1]].name + ("_exact" if exact else "")
+
+
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
