@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from compressllm.core.errors import RecipeError
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.decoding import Decoder
 from compressllm.kernels.linear import Choice
+from compressllm.kernels.native.llama import llama_step
 from compressllm.kernels.timing import in_rounds, ratio, seconds_of, spread
 from compressllm.models.bundle import Bundle
 from compressllm.stages.environment import PeakMemory, resident_bytes
 from compressllm.stages.evaluate import prepare_linears
 
+STEPS = ("native", "transformers", "compiled")
 _DENSE = "dense"
 _BITS = {"": None, "int8": 8, "int4": 4}
 
@@ -38,7 +41,8 @@ class ModelBench:
         prompt: Tokens of a prompt; random ids, since speed does not depend on them.
         tokens: Tokens decoded in a turn, after the prompt, one at a time.
         seconds: For each batch; three rounds are made whatever they take.
-        compiled: Compile the decoding step.
+        steps: How tokens are decoded, of `STEPS`, each for every backend: ``native`` in one call of C where the model
+            allows it, and by transformers where not; ``compiled`` by torch.compile.
     """
 
     backends: Sequence[str] = ("auto",)
@@ -46,9 +50,12 @@ class ModelBench:
     prompt: int = 128
     tokens: int = 32
     seconds: float = 20.0
-    compiled: bool = False
+    steps: Sequence[str] = ("native",)
 
     def __post_init__(self) -> None:
+        for step in self.steps:
+            if step not in STEPS:
+                raise RecipeError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
         if min(*self.batches, self.prompt, self.tokens) < 1:
             raise RecipeError(
                 f"batches {self.batches}, prompt {self.prompt}, tokens {self.tokens}: all must be 1 or more"
@@ -65,7 +72,8 @@ class _Loaded:
 def bench_model(bundle: Bundle, bench: ModelBench, config: EvalConfig) -> dict[str, Any]:
     """Prompt and decoding speed of the model, dense and on each backend, in rounds that take turns.
 
-    All of them are in memory at once. Ratios are medians of the ratios within a round.
+    All of them are in memory at once. Ratios are medians of the ratios within a round, to the dense model decoding in
+    the same way, or by transformers if that is a way it does not have.
 
     Args:
         config: Dtype, device and `keep_dense`; its backend is not looked at.
@@ -88,7 +96,7 @@ def bench_model(bundle: Bundle, bench: ModelBench, config: EvalConfig) -> dict[s
         "threads": torch.get_num_threads(),
         "prompt": bench.prompt,
         "tokens": bench.tokens,
-        "compiled": bench.compiled,
+        "steps": list(bench.steps),
         "backends": {name: _chosen(one) for name, one in loaded.items()},
     }
 
@@ -120,18 +128,23 @@ def _rows(loaded: Mapping[str, _Loaded], batch: int, bench: ModelBench, device: 
     ids = torch.randint(vocabulary, (batch, bench.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     length = bench.prompt + bench.tokens
     turns = {}
-    for name, one in loaded.items():
-        decoder = Decoder(one.model, length, bench.compiled)
-        turns[name] = functools.partial(_turn, decoder, ids, bench.tokens, device)
-        turns[name]()  # compiles, measures, fills caches
+    for step, (name, one) in itertools.product(bench.steps, loaded.items()):
+        native = llama_step if step == "native" else None
+        decoder = Decoder(one.model, length, step == "compiled", native)
+        turn = functools.partial(_turn, decoder, ids, bench.tokens, device)
+        turn()  # compiles, measures, fills caches
+        turns.setdefault((name, decoder.kind), turn)
     times = in_rounds(turns, bench.seconds)
     rows = []
-    for name, one in loaded.items():
-        (prompt, step), (dense_prompt, dense_step) = zip(*times[name], strict=True), zip(*times[_DENSE], strict=True)
+    for (name, kind), found in times.items():
+        (prompt, step), one = zip(*found, strict=True), loaded[name]
+        dense = times.get((_DENSE, kind)) or times[_DENSE, "transformers"]  # no dense model has a native step
+        dense_prompt, dense_step = zip(*dense, strict=True)
         rows.append(
             {
                 "backend": name,
                 "batch": batch,
+                "step": kind,
                 "prefill_tokens_per_second": batch * bench.prompt / spread(prompt)["median"],
                 "decode_tokens_per_second": batch / spread(step)["median"],
                 "prefill_speedup": ratio(prompt, to=dense_prompt),

@@ -36,7 +36,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences at a time, one or several numbers.")] = "1",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a turn.")] = 32,
-    compile: Annotated[bool, typer.Option(help="Compile the decoding step with torch.compile.")] = False,
+    step: Annotated[
+        str, typer.Option(help="How tokens are decoded: native, where the model allows; transformers; compiled.")
+    ] = "native",
     tokens: Annotated[str, typer.Option(help="With --layers: rows of the activations.")] = "1,16",
     formats: Annotated[str, typer.Option(help="With --layers: bf16, int8, int4.")] = "bf16",
     pattern: Annotated[str, typer.Option(help="With --layers: the weights' pattern.")] = "2:4",
@@ -61,7 +63,7 @@ def bench(
         options = {"tokens": _numbers(tokens), "formats": _words(formats), "group": group}
         _bench_layers(layers, pattern, asked, given(seconds=seconds, **options))
     elif model is not None:
-        options = {"batches": _numbers(batch), "prompt": prompt, "tokens": new_tokens, "compiled": compile}
+        options = {"batches": _numbers(batch), "prompt": prompt, "tokens": new_tokens, "steps": _words(step)}
         _bench_model(model, asked, given(seconds=seconds, **options))
 
 
@@ -153,20 +155,32 @@ def _bench_model(model: str, asked: _Asked, options: Mapping[str, Any]) -> None:
         for row in rows:
             step, batch = row["seconds_per_step"], row["batch"]
             ends = (batch / step["high"], batch / step["low"])
-            label = f"{row['backend']}, batch {batch}"
+            label = f"{row['backend']}, batch {batch}, {row['step']}"
             bars.append(Bar(label, row["decode_tokens_per_second"], *ends, row["backend"] == "dense"))
         _draw(asked.plot, bars, f"Decoding {Path(model).name}", "tokens a second")
     if asked.as_json:
         print_json({"model": model, **measured, **_made()})
         return
     table = Table(
-        "backend", "batch", "prefill/s", "x", "decode/s", "x", "spread", "bandwidth", "weights", "load peak", box=None
+        "backend",
+        "batch",
+        "step",
+        "prefill/s",
+        "x",
+        "decode/s",
+        "x",
+        "spread",
+        "bandwidth",
+        "weights",
+        "load peak",
+        box=None,
     )
     for row in rows:
         step = row["seconds_per_step"]
         table.add_row(
             row["backend"],
             str(row["batch"]),
+            row["step"],
             f"{row['prefill_tokens_per_second']:.0f}",
             f"{row['prefill_speedup']:.2f}",
             f"{row['decode_tokens_per_second']:.1f}",

@@ -25,7 +25,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
-    compile: Annotated[bool, typer.Option(help="Compile the decoding step first; pays off for long texts.")] = False,
+    fast: Annotated[
+        bool, typer.Option(help="Decode in C if the model allows, else compile first, which pays off for long texts.")
+    ] = False,
     contextual: Annotated[
         str | None, typer.Option(help="Draft with some neurons only: see compressllm list neuron-selectors.")
     ] = None,
@@ -44,6 +46,7 @@ def generate(
 ) -> None:
     """Continue a prompt, by all neurons of the model or by a few that are chosen for it."""
     from compressllm.eval.generation import generate_text
+    from compressllm.kernels.native.llama import llama_step
     from compressllm.models.bundle import open_bundle
     from compressllm.stages.contextual import open_stream
     from compressllm.stages.evaluate import prepare
@@ -51,8 +54,8 @@ def generate(
 
     if contextual is None and (correct is not None or calibration is not None):
         raise RecipeError("--correct and --calibration are about drafts; name a selector with --contextual")
-    if contextual is not None and compile:
-        raise RecipeError("--compile: contextual decoding is not compiled; leave one of the two out")
+    if contextual is not None and fast:
+        raise RecipeError("--fast: is for the whole model, not for drafts; leave it or --contextual out")
     bundle = open_bundle(model)
     config = make_config(EvalConfig, given(dtype=dtype, device=device, backend=backend, keep_dense=keep_dense))
     if contextual is not None:
@@ -60,7 +63,7 @@ def generate(
         _continue_in_pieces(stream, prompt, max_new_tokens, temperature, seed, chat, as_json)
         return
     live, _ = prepare(bundle, config)
-    sampling = {"temperature": temperature, "seed": seed, "chat": chat, "compiled": compile}
+    sampling = {"temperature": temperature, "seed": seed, "chat": chat, "fast": fast, "native": llama_step}
     made = generate_text(live, bundle.tokenizer, prompt, max_new_tokens, **sampling)  # type: ignore[arg-type]
     if as_json:
         print_json({"text": made.text, "tokens": made.tokens, "tokens_per_second": made.tokens_per_second})

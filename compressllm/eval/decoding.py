@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, StaticCache
 
 #: (batch, 1) ids at a position -> (batch, vocabulary) logits; what it adds to the cache it has written there.
 Step = Callable[[Tensor, int], Tensor]
+#: A model, and a cache that a prompt has filled -> its step, or None
+Native = Callable[[PreTrainedModel, StaticCache], Step | None]
 
 
 class Decoder:
@@ -19,7 +21,7 @@ class Decoder:
         model: In eval mode. Sequences of a batch are of one length, without padding.
         length: Most tokens of a sequence, prompt included.
         compiled: Compile the step of one token as one graph; this takes a minute or so, and a C++ compiler on a CPU.
-        native: Asked after the prompt for a step of its own, given the model and the filled cache; it may have none.
+        native: Asked after the first prompt for a step of its own, which is then taken instead.
     """
 
     def __init__(
@@ -27,14 +29,15 @@ class Decoder:
         model: PreTrainedModel,
         length: int,
         compiled: bool = False,
-        native: Callable[[PreTrainedModel, StaticCache], Step | None] | None = None,
+        native: Native | None = None,
     ) -> None:
         self.model = model
         #: How steps are made: ``native``, ``compiled`` or ``transformers``; known once a prompt was read.
         self.kind = "compiled" if compiled else "transformers"
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._next = torch.compile(self._forward, fullgraph=True, dynamic=False) if compiled else self._forward
-        self._native, self._step = native, self._step_of_model
+        self._native = native
+        self._step: Step = self._step_of_model
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:

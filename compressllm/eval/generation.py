@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressllm.eval.decoding import Decoder
+from compressllm.eval.decoding import Decoder, Native
 from compressllm.models.prompting import encode_prompt
 
 
@@ -37,21 +37,24 @@ def generate_text(
     temperature: float | None = None,
     seed: int = 0,
     chat: bool = False,
-    compiled: bool = False,
+    fast: bool = False,
+    native: Native | None = None,
 ) -> Generated:
     """Continue ``prompt``, greedily unless a temperature is given.
 
     Args:
         chat: Wrap the prompt in the tokenizer's chat template as a user's message.
-        compiled: Decode with a static cache by a compiled step, which takes a minute or so to compile: for long texts.
+        fast: Decode with a static cache, by a native step if there is one, else by one that is compiled first, which
+            takes a minute or so: for long texts. Of the model's generation config only its end tokens count then.
+        native: As `Decoder` takes it.
 
     Raises: FormatError if there is no tokenizer or no chat template; RecipeError for a prompt without tokens.
     """
     ids = encode_prompt(tokenizer, prompt, chat).to(model.device)
     assert tokenizer is not None  # or there would be no ids
     torch.manual_seed(seed)
-    if compiled:
-        new, seconds = _decode(model, ids, max_new_tokens, temperature)
+    if fast:
+        new, seconds = _decode(model, ids, max_new_tokens, temperature, native)
     else:
         new, seconds = _generate(model, tokenizer, ids, max_new_tokens, temperature)
     return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), len(new) / seconds)
@@ -79,12 +82,12 @@ def _generate(
 
 
 def _decode(
-    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, temperature: float | None
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, temperature: float | None, native: Native | None
 ) -> tuple[Tensor, float]:
-    """The same by a compiled step; compiling is not counted in the seconds."""
+    """The same by a native or a compiled step; compiling is not counted in the seconds."""
     ends = model.generation_config.eos_token_id
     stop = set(ends) if isinstance(ends, list) else {ends}
-    decoder = Decoder(model, ids.shape[1] + max_new_tokens, compiled=True)
+    decoder = Decoder(model, ids.shape[1] + max_new_tokens, compiled=True, native=native)
     decoder.prefill(ids)
     decoder.step(ids[:, -1:])  # compiles
     begun = time.perf_counter()

@@ -26,7 +26,7 @@ from compressllm.core.run import write_json
 from compressllm.kernels.timing import interleaved, past_caches, rotating
 
 #: Numbers of tokens a linear is measured at; a larger number runs like the last.
-TOKENS = (1, 4, 16, 64, 256)
+TOKENS = (1, 4, 16, 64, 256, 1024)
 
 #: Backend -> number of tokens -> seconds a call.
 Seconds = Mapping[str, Mapping[int, float]]

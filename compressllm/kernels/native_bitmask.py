@@ -28,7 +28,7 @@ class NativeBitmask:
     outputs of all rows, as in a dense product; without vector instructions, of those that keep its column.
     """
 
-    rank: ClassVar[int] = -1  # expanding takes as long as the bytes it saves, so far: only a measurement chooses it
+    rank: ClassVar[int] = -1  # expanding takes about as long as the bytes it saves: only a measurement chooses it
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other dtypes and devices, machines without a C compiler, and unless asked for what is too dense."""

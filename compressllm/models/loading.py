@@ -64,7 +64,7 @@ def load_model(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(resolve_model(str(model)))
     built = skeleton(checkpoint, dtype)
     special, missing = held_otherwise(built), set(built.state_dict())
-    for name, stored in tensor_names(built, checkpoint).items():
+    for name, stored in _largest_first(tensor_names(built, checkpoint), checkpoint):
         linear = special.get(name)
         if linear is not None and linear.expert is not None:
             place_expert_(linear, checkpoint.read(stored), dtype, device)
@@ -76,6 +76,18 @@ def load_model(
     built.to(device)  # buffers that are not stored
     _load_generation_config(built, checkpoint)
     return built
+
+
+def _largest_first(names: dict[str, str], checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Modules in order of their size, the tensors of one together.
+
+    What it takes to bring an output head into another form is then not added to a whole model.
+    """
+    specs, sizes = checkpoint.specs, dict[str, int]()
+    for name, stored in names.items():
+        owner = name.rpartition(".")[0]
+        sizes[owner] = max(sizes.get(owner, 0), specs[stored].bytes)
+    return sorted(names.items(), key=lambda item: -sizes[item[0].rpartition(".")[0]])
 
 
 def place_(

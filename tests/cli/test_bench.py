@@ -45,11 +45,11 @@ def test_a_model(cli, few_bytes, tiny, tmp_path):
     options = ("--backend", "auto", "--batch", "1,2", "--prompt", "5", "--new-tokens", "3", "--seconds", "0")
     done = cli("bench", tiny, *options, "--plot", tmp_path / "bars.svg", "--json")
     assert done.code == 0
-    assert [(row["backend"], row["batch"]) for row in done.json["rows"]] == [
-        ("dense", 1),
-        ("auto", 1),
-        ("dense", 2),
-        ("auto", 2),
+    assert [(row["backend"], row["batch"], row["step"]) for row in done.json["rows"]] == [
+        ("dense", 1, "transformers"),
+        ("auto", 1, "transformers"),
+        ("dense", 2, "transformers"),
+        ("auto", 2, "transformers"),
     ]
     assert all(row["seconds_per_step"]["rounds"] == 3 for row in done.json["rows"])
     assert "tokens a second" in (tmp_path / "bars.svg").read_text()
@@ -66,6 +66,7 @@ def test_a_model(cli, few_bytes, tiny, tmp_path):
         (("--layers", "64x66"), "64x66: 66 inputs are not a multiple of 4, as 2:4 needs"),
         (("--layers", "64x64", "--formats", "int3"), "unknown format 'int3'"),
         (("--layers", "64x64", "--backend", "referense"), "did you mean 'reference'"),
+        (("MODEL", "--step", "natife"), "unknown step 'natife'; known: native, transformers, compiled"),
         (("MODEL", "--backend", "reference:int3"), "cannot read 'reference:int3'"),
         (("MODEL", "--backend", "referense"), "did you mean 'reference'"),
     ],

@@ -109,6 +109,17 @@ def test_generate(cli: Callable, run_folder: Path) -> None:
     assert cli("generate", run_folder, "--prompt", "").code == 2
 
 
+def test_generate_in_c(cli: Callable, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: object, **__: object) -> Callable:
+        return lambda *_: pytest.fail("a step was compiled")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    options = ("--backend", "native", "--dtype", "bfloat16", "--fast", "--json")
+    made = cli("generate", run_folder, "--prompt", "The ", "--max-new-tokens", 8, *options)
+    assert made.code == 0
+    assert 0 < made.json["tokens"] <= 8
+
+
 def test_verify_finds_what_is_wrong(cli: Callable, tiny: str, run_folder: Path) -> None:
     assert cli("verify", run_folder).code == 0
     assert cli("verify", run_folder, "--pattern", "2:4").code == 0

@@ -45,7 +45,7 @@ def test_what_does_not_go_together_is_one_line(cli: Callable, tiny: str, tmp_pat
         (("--contextual", "griffen"), "did you mean 'griffin'"),
         (("--contextual", "cats"), "compressllm contextual"),
         (("--contextual", "griffin", "--density", 0), "density 0"),
-        (("--contextual", "griffin", "--compile"), "--compile"),
+        (("--contextual", "griffin", "--fast"), "--fast"),
         (("--correct", "sirius"), "--contextual"),
         (("--contextual", "griffin", "--correct", "{sirius: {period: 0}}"), "period 0"),
     ):

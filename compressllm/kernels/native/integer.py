@@ -44,8 +44,8 @@ class Layout:
 _LAYOUTS = {
     layout.block_bytes: layout for bits in (8, 4) for group in (32, 64, 128) for layout in [Layout(bits, group)]
 }
-_ROUNDED = {layout: define_linear(layout.name) for layout in _LAYOUTS.values()}
-_EXACT = {layout: define_linear(f"{layout.name}_exact") for layout in _LAYOUTS.values()}
+_ROUNDED = {size: define_linear(layout.name) for size, layout in _LAYOUTS.items()}
+_EXACT = {size: define_linear(f"{layout.name}_exact") for size, layout in _LAYOUTS.items()}
 
 
 def refuses(weight: QuantizedWeight) -> str | None:
@@ -108,8 +108,8 @@ def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int, exact: boo
         exact: Multiply the inputs as they are. Otherwise each token's are first rounded to int8, 32 columns at a time,
             to multiples of a 127th of the largest; an input that is not finite then makes all outputs of its token NaN.
     """
-    operators: dict[Layout, Operator] = _EXACT if exact else _ROUNDED
-    return operators[_LAYOUTS[blocks.shape[-1]]](x, blocks, bias, rows)
+    operators: dict[int, Operator] = _EXACT if exact else _ROUNDED
+    return operators[blocks.shape[-1]](x, blocks, bias, rows)
 
 
 def format_of(blocks: Tensor, exact: bool) -> str:

@@ -51,9 +51,9 @@ class _Decoder(ctypes.Structure):
     )  # fmt: skip
 
 
-def refuses(model: nn.Module) -> str | None:
+def refuses(model: Any) -> str | None:
     """Why the step cannot be made for a transformers model, or None."""
-    config: Any = model.config
+    config = model.config
     if config.model_type not in ARCHITECTURES:
         return f"is written for {', '.join(ARCHITECTURES)}, not for {config.model_type}"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or (
@@ -95,20 +95,20 @@ class LlamaStep:
             and what the token adds is written there.
     """
 
-    def __init__(self, model: nn.Module, keys: list[Tensor], values: list[Tensor]) -> None:
-        decoder: Any = model.get_decoder()
-        config: Any = model.config
+    def __init__(self, model: Any, keys: list[Tensor], values: list[Tensor]) -> None:
+        decoder, config = model.get_decoder(), model.config
         first = decoder.layers[0].self_attn
         _, key_heads, self._length, size = keys[0].shape
         heads, hidden = config.num_attention_heads, config.hidden_size
         inner, widest = config.intermediate_size, heads * size
         self._c = library().c
         self._table, self._head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        plain = type(self._head) is nn.Linear and self._head.bias is None and self._head.weight.dtype in _TYPES
+        self._dense_head: Tensor | None = self._head.weight.detach() if plain else None
         positions = torch.arange(self._length).unsqueeze(0)
         cos, sin = decoder.rotary_emb(torch.empty(0), positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
-        index = torch.arange(max(self._length, self._head.weight.shape[0]), dtype=torch.int32)
-        self._index = index
+        self._index = index = torch.arange(max(self._length, self._head.out_features), dtype=torch.int32)
         memory = torch.empty(2 * (hidden + inner + widest + key_heads * size) + heads * self._length)
         self._held: list[object] = [memory, index, keys, values]  # all that the C side has addresses of
         blocks = (_Block * len(decoder.layers))()
@@ -137,9 +137,8 @@ class LlamaStep:
         return self._logits(state.to(self._table.dtype))
 
     def _logits(self, state: Tensor) -> Tensor:
-        weight = self._head.weight
-        if type(self._head) is nn.Linear and self._head.bias is None and weight.dtype in _TYPES:
-            return active_rows(state, weight, self._index[: weight.shape[0]])  # all of them
+        if self._dense_head is not None:  # all rows are active
+            return active_rows(state, self._dense_head, self._index[: len(self._dense_head)])
         logits: Tensor = self._head(state)
         return logits
 
@@ -154,19 +153,19 @@ class LlamaStep:
         kernel, blocks = backend.kernel(linear.packed), linear.packed["blocks"]
         self._held.append(blocks)
         bias = None if linear.bias is None else self._float(linear.bias)
-        return _Weight(
-            kernel.format, kernel.tile, blocks.data_ptr(), bias, linear.out_features, linear.in_features
-        )
+        return _Weight(kernel.format, kernel.tile, blocks.data_ptr(), bias, linear.out_features, linear.in_features)
 
 
-def llama_step(model: nn.Module, cache: Any) -> Callable[[Tensor, int], Tensor] | None:
+def llama_step(model: Any, cache: Any) -> Callable[[Tensor, int], Tensor] | None:
     """The step for a model and its static cache, which has been filled by a prompt; None where there is none.
 
     Args:
         cache: transformers' StaticCache.
     """
+    if refuses(model):
+        return None
     keys, values = ([getattr(layer, part) for layer in cache.layers] for part in ("keys", "values"))
     alike = all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairwise([*keys, *values]))
-    if refuses(model) or not alike or keys[0].shape[0] != 1 or keys[0].dtype not in _TYPES:
+    if not alike or keys[0].shape[0] != 1 or keys[0].dtype not in _TYPES:
         return None
     return LlamaStep(model, keys, values)

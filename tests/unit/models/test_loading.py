@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from compressllm.core.errors import CompressError, FormatError, UnsupportedModelError
 from compressllm.core.pattern import NM
@@ -98,6 +98,25 @@ def test_a_checkpoint_of_the_base_model_loads_too(tiny_llama_folder: Path, windo
     rewrite(tiny_llama_folder, strip)
     assert "layers.0.self_attn.q_proj.weight" in weights_of(tiny_llama_folder)
     assert_same_model(load_model(tiny_llama_folder), expected, windows)
+
+
+def test_the_largest_linears_come_first_and_each_with_its_bias(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=3, attention_bias=True, mlp_bias=True)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    swapped = []
+
+    def swap(name: str, linear: torch.nn.Linear) -> torch.nn.Linear:
+        assert not any(parameter.is_meta for parameter in linear.parameters())
+        swapped.append(linear.weight.numel())
+        return linear
+
+    loaded = load_model(tmp_path, swap=swap)
+    assert swapped == sorted(swapped, reverse=True)
+    assert len(swapped) == 3 * 7 + 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
 
 
 def test_the_generation_config_comes_along(tiny_llama_folder: Path) -> None:
