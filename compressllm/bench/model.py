@@ -6,7 +6,7 @@ import functools
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,10 +127,10 @@ def _rows(loaded: Mapping[str, _Loaded], batch: int, bench: ModelBench, device: 
     vocabulary = next(iter(loaded.values())).model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, bench.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     length = bench.prompt + bench.tokens
-    turns = {}
-    for step, (name, one) in itertools.product(bench.steps, loaded.items()):
-        native = llama_step if step == "native" else None
-        decoder = Decoder(one.model, length, step == "compiled", native)
+    turns: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
+    for way, (name, one) in itertools.product(bench.steps, loaded.items()):
+        native = llama_step if way == "native" else None
+        decoder = Decoder(one.model, length, way == "compiled", native)
         turn = functools.partial(_turn, decoder, ids, bench.tokens, device)
         turn()  # compiles, measures, fills caches
         turns.setdefault((name, decoder.kind), turn)

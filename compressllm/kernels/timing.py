@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _LEAST_ROUNDS = 3
@@ -45,10 +46,10 @@ def interleaved(
 
 
 def in_rounds(
-    turns: Mapping[str, Callable[[], T]], seconds: float, least_rounds: int = _LEAST_ROUNDS
-) -> dict[str, list[T]]:
+    turns: Mapping[K, Callable[[], T]], seconds: float, least_rounds: int = _LEAST_ROUNDS
+) -> dict[K, list[T]]:
     """What each turn returned, one value a round; every other round takes them in reverse order."""
-    found: dict[str, list[T]] = {name: [] for name in turns}
+    found: dict[K, list[T]] = {name: [] for name in turns}
     end = time.perf_counter() + seconds
     for done in range(_MOST_ROUNDS):
         for name in list(turns)[:: 1 if done % 2 else -1]:
