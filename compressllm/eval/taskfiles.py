@@ -70,7 +70,7 @@ def read_rows(path: Path) -> list[Row]:
     """The objects of a file of JSON lines. Raises FormatError with file and line."""
     rows = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text_file(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
@@ -81,7 +81,7 @@ def read_rows(path: Path) -> list[Row]:
         raise FormatError(f"{path}: is not a whole gzip file; fetch it again") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}:{len(rows) + 1}: is not JSON ({error}); give one object a line") from None
     if not rows:
         raise FormatError(f"{path}: holds no item")

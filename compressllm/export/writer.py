@@ -117,8 +117,8 @@ def export_model(
         written = Checkpoint(work)
         _compare(source, written, sparse, progress)
         facts = facts.model_copy(update={"sha256": {path.name: file_sha256(path) for path in written.files}})
-        facts.write(work)
         write_card(work, facts, exported_sizes(written).ratio, run_of(source.folder))
+        facts.write(work)
     return facts
 
 

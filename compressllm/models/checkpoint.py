@@ -21,6 +21,7 @@ from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
 from compressllm.models.facts import FILE_NAME, Facts, read_facts
 from compressllm.models.shards import ShardReader
+from compressllm.models.sidefiles import SUFFIXES, check_side_files, inside, read_json
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
 MASKS_NAME = "masks.safetensors"
@@ -45,11 +46,12 @@ class Checkpoint:
             )
         if not (folder / "config.json").exists():
             raise FormatError(f"{folder}: holds no config.json, so it is not a model folder")
+        check_side_files(folder)
         self.facts: Facts | None = read_facts(folder)
         self._shards = ShardReader(folder, self.facts.variant if self.facts else None)
         self._format = None if self.facts is None or self.facts.format == "dense" else build(FORMATS, self.facts.format)
         self._packed = dict(self.facts.linears) if self.facts and self._format else {}
-        self._masks = TensorFile(folder / MASKS_NAME) if (folder / MASKS_NAME).exists() else None
+        self._masks = TensorFile(inside(folder, MASKS_NAME)) if (folder / MASKS_NAME).exists() else None
 
     def config(self) -> PreTrainedConfig:
         """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
@@ -66,15 +68,22 @@ class Checkpoint:
         return config
 
     def _stored_config(self) -> PreTrainedConfig:
-        """The config as it is written. Raises FormatError if it cannot be read."""
+        """The config as it is written. Raises FormatError if it cannot be read, UnsupportedModelError if it is code."""
+        path = self.folder / "config.json"
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise FormatError(f"{path}: holds no mapping of settings")
         try:
-            if not isinstance(json.loads((self.folder / "config.json").read_text()), dict):
-                raise ValueError("holds no mapping of settings")
-            return AutoConfig.from_pretrained(self.folder)
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise FormatError(f"{self.folder / 'config.json'}: {first_line(error)}") from None
+            if "auto_map" in settings:
+                raise UnsupportedModelError(
+                    f"{path}: its architecture is Python code beside the weights (auto_map), which is never run; "
+                    "convert the model to an architecture that transformers knows"
+                ) from None
+            raise FormatError(f"{path}: {first_line(error)}") from None
         except StrictDataclassError as error:  # only its second line says what is wrong
-            raise FormatError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from None
+            raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -139,7 +148,7 @@ class Checkpoint:
         for path in sorted(self.folder.iterdir()):
             if path.name == FILE_NAME or ".index." in path.name:  # an index of shards, pickled ones included
                 continue
-            if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}:
+            if path.is_file() and path.suffix in SUFFIXES:
                 shutil.copyfile(path, to / path.name)
         if self._format is not None:
             config = json.loads((to / "config.json").read_text())

@@ -17,6 +17,7 @@ from compressllm.core.masks import MaskStore, StoredMask, put_kept, unpack_bits
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.loading import skeleton
+from compressllm.models.sidefiles import read_json
 from compressllm.models.tensorfile import TensorSpec
 from compressllm.models.tensornames import tensor_names
 
@@ -121,7 +122,7 @@ class BitmaskCheckpoint(Checkpoint):
     def copy_side_files(self, to: Path) -> None:
         """Copy config, tokenizer and other small files, without what the config says of compression."""
         super().copy_side_files(to)
-        config = json.loads((to / "config.json").read_text())
+        config = read_json(to / "config.json")
         for key in (*_KEYS, "sparsity_config"):
             config.pop(key, None)
         (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -162,10 +163,10 @@ class BitmaskCheckpoint(Checkpoint):
 def sparsity_config(folder: Path) -> Mapping[str, Any] | None:
     """What a checkpoint's config says of how its zeros are stored; None if it says nothing."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         holders = [config.get(key) or {} for key in _KEYS] + [config]
         found = next((one["sparsity_config"] for one in holders if one.get("sparsity_config")), None)
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (FormatError, AttributeError, TypeError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -183,6 +184,6 @@ def _shape(stored: Tensor, name: str) -> tuple[int, ...]:
 
 
 def _config_dtype(folder: Path) -> torch.dtype:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16

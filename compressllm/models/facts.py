@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -21,9 +22,10 @@ from compressllm import __version__
 from compressllm.core.errors import FormatError
 from compressllm.core.pattern import SparsityPattern, parse_pattern
 from compressllm.core.scheme import SchemeName
+from compressllm.models.seal import FACTS_NAME, seal
 from compressllm.models.shards import file_sha256
 
-FILE_NAME = "compressllm.json"
+FILE_NAME = FACTS_NAME
 
 
 def _pattern(value: Any) -> Any:
@@ -83,7 +85,7 @@ class Facts(BaseModel):
     version: int = 1
     written_by: str
     format: str = "dense"
-    variant: str | None = None
+    variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     linears: dict[str, LinearFacts] = {}
     masks_sha256: str | None = None
     source: dict[str, Any] = {}
@@ -100,8 +102,9 @@ class Facts(BaseModel):
         return {name: linear.scheme for name, linear in self.linears.items() if linear.scheme}
 
     def write(self, folder: Path) -> None:
-        """Write ``compressllm.json`` into ``folder``."""
+        """Write ``compressllm.json`` into ``folder``, and then the hashes of all files that are in it."""
         (folder / FILE_NAME).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        seal(folder, self.sha256)
 
 
 def write_dense_facts(folder: Path, source: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.core.heap import trim_heap
@@ -17,7 +18,12 @@ from compressllm.models.checkpoint import Checkpoint, first_line
 from compressllm.models.experts import place_expert_
 from compressllm.models.linears import held_otherwise
 from compressllm.models.resolve import resolve_model
+from compressllm.models.sidefiles import read_json
 from compressllm.models.tensornames import tensor_names
+
+#: Settings that say how many modules are built, whatever the weights are.
+_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+_MOST_BUFFERS = 1 << 30  # the masks of GPT-2's kind, the square of its positions, have a megabyte
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -34,15 +40,37 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         raise UnsupportedModelError(f"{checkpoint.folder}: {ENCODER_DECODER}")
     if dtype is None:
         dtype = getattr(config, "dtype", None) or torch.float32
+    _check_counts(config, checkpoint)
     try:
+        with torch.device("meta"), no_init_weights():
+            _check_buffers(AutoModelForCausalLM.from_config(config, trust_remote_code=False), checkpoint)
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: cannot be built from its config: {first_line(error)}"
         ) from None
     tensor_names(model, checkpoint)  # finds what is missing before any work is done
     return model.eval()
+
+
+def _check_counts(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Raise FormatError for a config with more blocks or experts than there are tensors, before they are all built."""
+    stored = len(checkpoint.specs)
+    for name in _COUNTS:
+        count = getattr(config.get_text_config(), name, 0)
+        if isinstance(count, int) and count > stored:
+            raise FormatError(f"{checkpoint.folder}: config.json says {name} {count}, the weights are {stored} tensors")
+
+
+def _check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise FormatError for a config that asks for more memory than the model's positions and heads account for."""
+    needed = sum(buffer.nbytes for buffer in model.buffers())
+    if needed > _MOST_BUFFERS:
+        raise FormatError(
+            f"{checkpoint.folder}: config.json asks for {needed} bytes of buffers besides the weights, at most "
+            f"{_MOST_BUFFERS} are made; are its positions and head sizes right?"
+        )
 
 
 def load_model(
@@ -121,13 +149,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     if not any((checkpoint.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises no kind of its own
         raise FormatError(f"{checkpoint.folder}: tokenizer cannot be read: {first_line(error)}") from None
 
 
 def _load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     from transformers import GenerationConfig
 
-    if (checkpoint.folder / "generation_config.json").exists():
+    path = checkpoint.folder / "generation_config.json"
+    if not path.exists():
+        return
+    if not isinstance(read_json(path), dict):
+        raise FormatError(f"{path}: holds no mapping of settings")
+    try:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: {first_line(error)}") from None

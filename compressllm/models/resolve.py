@@ -67,9 +67,13 @@ def _convert_gguf(path: Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # In a folder of its own: beside it may lie an adapter, a config or code, which would be taken for part of it.
+        with quiet_transformers(), tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            model = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise FormatError(f"{path}: cannot be read as GGUF: {first_line(error)}") from None
     # The weights are plain by now, but save_pretrained refuses a model that still says it is quantised.

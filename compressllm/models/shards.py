@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compressllm.core.errors import FormatError
+from compressllm.models.sidefiles import inside, read_json
 from compressllm.models.tensorfile import Layout, TensorFile, TensorFileWriter, TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face libraries write by default, decimal
@@ -38,7 +39,7 @@ class ShardReader:
         self.files: dict[str, TensorFile] = {}
         self._file_of: dict[str, TensorFile] = {}
         for file_name, expected in _shards(folder, variant).items():
-            file = TensorFile(folder / file_name)
+            file = TensorFile(inside(folder, file_name))
             self.files[file_name] = file
             if expected is not None and (lost := expected - file.specs.keys()):
                 raise FormatError(f"{folder / file_name}: lacks tensor {min(lost)}, which the index places in it")
@@ -126,8 +127,9 @@ def _shards(folder: Path, variant: str | None) -> Mapping[str, set[str] | None]:
         pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         hint = f"; it holds {pickled[0]}, and pickled weights are not read: convert them" if pickled else ""
         raise FormatError(f"{folder}: holds no {single} and no {index.name}{hint}")
+    described = read_json(index)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = described["weight_map"]
         shards: dict[str, set[str] | None] = {}
         for name, file_name in weight_map.items():
             if Path(file_name).name != file_name:

@@ -13,7 +13,7 @@ from compressllm.core.pattern import SparsityPattern
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.loading import skeleton
-from compressllm.models.shards import file_sha256
+from compressllm.models.seal import broken_seals
 from compressllm.models.tensornames import tensor_names
 
 
@@ -81,13 +81,8 @@ def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tu
 
 
 def damaged_files(checkpoint: Checkpoint, show: Callable[..., Any] = lambda items, total, label: items) -> list[str]:
-    """Weight files whose bytes are not those that were written, by the hashes in ``compressllm.json``."""
-    expected = checkpoint.facts.sha256 if checkpoint.facts else {}
-    return [
-        name
-        for name in show(sorted(expected), len(expected), "hashing")
-        if not (checkpoint.folder / name).exists() or file_sha256(checkpoint.folder / name) != expected[name]
-    ]
+    """Files whose bytes are not those that were written, by the hashes in ``SHA256SUMS`` and ``compressllm.json``."""
+    return broken_seals(checkpoint.folder, checkpoint.facts.sha256 if checkpoint.facts else {}, show)
 
 
 def _survey_linear(

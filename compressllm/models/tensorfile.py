@@ -35,7 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000  # the limit of the official implementation
+_LARGEST_HEADER = 1 << 24  # a hundred thousand tensors; JSON takes up to thirty times as much memory once read
 
 
 class TensorSpec(NamedTuple):

@@ -77,9 +77,15 @@ def prune_block(
 def _solved(name: str, weight: Tensor, stats: InputStats, solve: Callable[[str, Tensor, InputStats], Pruned]) -> Pruned:
     try:
         with torch.inference_mode():
-            return solve(name, weight, stats)
+            pruned = solve(name, weight, stats)
     except CalibrationError as error:  # methods do not know whose weight they have
         raise CalibrationError(f"{name}: {error}") from None
+    if not pruned.weight.isfinite().all():
+        raise CalibrationError(
+            f"{name}: was solved to weights that are not finite; its inputs or weights are too large or too small for "
+            "float32: check the checkpoint, or take a method that only chooses weights, as wanda"
+        )
+    return pruned
 
 
 def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: SparsityPattern) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
         memory_limit=int(config.activation_memory_gb * 1e9),
         spill_folder=run.folder,
         ranks=run.ranks,
+        warn=run.warn,
     )
     fingerprint = {
         "settings": config.model_dump(mode="json"),

@@ -58,7 +58,7 @@ def permute_model(bundle: Bundle, config: PermuteConfig | None = None, run: Run 
     )
     try:
         options = WalkOptions(
-            device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder
+            device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder, warn=run.warn
         )
         orders = _find_orders(bundle, config, run, criterion, found.channels, windows, refolded.weights, options)
         folds = Folds(found.channels, {name: order.places for name, order in orders.items()})

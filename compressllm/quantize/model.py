@@ -61,7 +61,9 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
         "calibration text": windows.sha256 if windows else None,
     }
     record = QuantizedRecord(bundle, names, config.scheme, run.folder, fingerprint, dtype, device)
-    options = WalkOptions(device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder)
+    options = WalkOptions(
+        device=device, memory_limit=int(config.activation_memory_gb * 1e9), spill_folder=run.folder, warn=run.warn
+    )
     blocks = walk_blocks(bundle.model, windows.ids if windows else None, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "quantising"):
         planned = [name for name in block.linears if name in names]

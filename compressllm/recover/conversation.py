@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from compressllm.core.errors import FormatError
+from compressllm.models.chattemplate import apply_template
 from compressllm.recover.records import Message
 
 
@@ -64,11 +65,11 @@ def _templated(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
             continue
         try:
             asked, answered = (
-                str(tokenizer.apply_chat_template(list(messages[:end]), tokenize=False, add_generation_prompt=prompt))
+                apply_template(tokenizer, messages[:end], answer_next=prompt)
                 for end, prompt in ((index, True), (index + 1, False))
             )
-        except TemplateError as error:
-            return f"that the chat template refuses ({' '.join(str(error).split())})"
+        except FormatError as error:
+            return f"that the chat template refuses ({str(error).partition(': ')[2]})"
         if not (asked.startswith(before) and answered.startswith(asked)):
             return "whose earlier turns the chat template rewrites"
         # What a template puts after the last EOS is nobody's to say.

@@ -56,8 +56,10 @@ class Gradients:
             self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
 
     def clear_(self) -> None:
-        """Forget them."""
+        """Forget them, those of a backward pass that was broken off too."""
         self._sums.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _take(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from compressllm.core.errors import TrainingError
+from compressllm.core.finite import first_not_finite, said_of
+from compressllm.core.halving import Halving
 from compressllm.core.parallel import map_batches
 from compressllm.core.run import Run
 from compressllm.recover.checkpoint import Checkpoints
@@ -43,6 +45,10 @@ class Training:
     checkpoints: Checkpoints
     config: RecoverConfig
     run: Run
+    halving: Halving = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.halving = Halving(self.run.warn)
 
     def train_(self) -> Progress:
         """Train to the last step, from the last checkpoint if there is one, and leave the best weights in place.
@@ -79,17 +85,16 @@ class Training:
     def _step(self, step: int, order: Order, progress: Progress) -> dict[str, float]:
         """One optimizer step, counted into ``progress``; what is told of it."""
         begun = time.perf_counter()
-        batches = [(rows, self.data.batch(rows)) for rows in self._micro_batches(step, order)]
-        counts = [
-            float(sum(count_labels(batch) for _, batch in batches)),
-            float(sum(batch["input_ids"].numel() for _, batch in batches)),
-        ]
-        labels, tokens = self.sharding.total(torch.tensor(counts)).tolist()
-        sums: dict[str, Tensor] = {}
-        for parts in self._passes(batches, labels):
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + part.detach().double()
-        losses = self._finite(step, sums)
+        sums: dict[str, Tensor] | None = None
+        while sums is None:
+            batches = [(rows, self.data.batch(rows)) for rows in self._micro_batches(step, order)]
+            counts = [
+                float(sum(count_labels(batch) for _, batch in batches)),
+                float(sum(batch["input_ids"].numel() for _, batch in batches)),
+            ]
+            labels, tokens = self.sharding.total(torch.tensor(counts)).tolist()
+            sums = self._summed(batches, labels)
+        losses = self._finite(step, sums, batches)
         gradients = self.gradients.collect()
         self.sharding.sum_gradients_(gradients)
         self.masking.clean_(gradients)
@@ -104,6 +109,26 @@ class Training:
         speed = tokens / took
         self._label = f"{', '.join(f'{name} {value:.3f}' for name, value in losses.items())}, {speed:.0f} tokens/s"
         return {**losses, "lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
+
+    def _summed(
+        self, batches: Sequence[tuple[list[int], dict[str, Tensor]]], labels: float
+    ) -> dict[str, Tensor] | None:
+        """Losses summed over the micro-batches of a step; None if it must be begun again with smaller ones.
+
+        Raises: torch.OutOfMemoryError if they are of one row already, or other processes would have to go along.
+        """
+        sums: dict[str, Tensor] = {}
+        try:
+            for parts in self._passes(batches, labels):
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, 0.0) + part.detach().double()
+            return sums
+        except torch.OutOfMemoryError:
+            if max(len(rows) for rows, _ in batches) == 1 or self.sharding.ranks.size > 1:
+                raise
+        self.gradients.clear_()
+        self.halving.halve_(max(len(rows) for rows, _ in batches))
+        return None
 
     def _passes(
         self, batches: Sequence[tuple[list[int], dict[str, Tensor]]], labels: float
@@ -137,25 +162,39 @@ class Training:
 
     def _micro_batches(self, step: int, order: Order) -> list[list[int]]:
         """Rows of each micro-batch of a step that is this process's, who takes every so many-th of the step's rows."""
-        count, ranks, size = self.config.windows_per_step, self.sharding.ranks, self.config.micro_batch
+        count, ranks = self.config.windows_per_step, self.sharding.ranks
+        size = self.halving.most or self.config.micro_batch
         mine = order.indices(step * count, count, ranks.rank, ranks.size)
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
-    def _finite(self, step: int, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Losses over all processes. Raises TrainingError naming what is not finite."""
+    def _finite(
+        self, step: int, sums: Mapping[str, Tensor], batches: Sequence[tuple[list[int], dict[str, Tensor]]]
+    ) -> dict[str, float]:
+        """Losses over all processes. Raises TrainingError naming what is not finite, and where it began."""
         names = sorted(sums)
         total = self.sharding.total(torch.stack([sums[name] for name in names])).tolist()
         losses = dict(zip(names, total, strict=True))
         if broken := [name for name, value in losses.items() if not math.isfinite(value)]:
             parts = [name for name in broken if name != "loss"] or broken
             raise TrainingError(
-                f"step {step + 1} of {self.config.steps}: {', '.join(parts)} is {losses[parts[0]]}; lower lr, "
-                f"or compute with --dtype float32{self._kept()}"
+                f"step {step + 1} of {self.config.steps}: {', '.join(parts)} is {losses[parts[0]]}"
+                f"{said_of(self._where(batches))}; lower lr, or compute with --dtype float32{self._kept()}"
             )
         return losses
+
+    def _where(self, batches: Sequence[tuple[list[int], dict[str, Tensor]]]) -> str | None:
+        """The module of the student in which numbers stop being finite, of these batches; None if in none."""
+        if self.sharding.ranks.size > 1:  # a forward takes all processes, and not all need have a reason for one
+            return None
+
+        def forward() -> None:
+            for rows, batch in batches:
+                self.guide.loss(self.student, self._on_device(batch), 1.0, rows)
+
+        return first_not_finite(self.student, forward)
 
     def _refresh_(self, step: int) -> dict[str, float]:
         """Choose masks anew, and write the parameters with them; what they came to."""

@@ -8,10 +8,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from compressllm.core.config import Config
 from compressllm.core.errors import CalibrationError
+from compressllm.core.textfile import open_text_file
 
 #: One turn of a conversation, as chat templates take it.
 Message = dict[str, str]
@@ -71,7 +72,7 @@ def read_records(path: Path, config: RecordConfig, tally: Tally) -> Iterator[tup
     Raises: CalibrationError if the file cannot be read.
     """
     try:
-        with _open(path.expanduser()) as file:
+        with open_text_file(path.expanduser()) as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 if not line.strip():
@@ -132,7 +133,3 @@ def _turns(messages: Any, name: str) -> list[Message] | str:
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         return f"without an assistant's turn in {name!r}"
     return turns
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")

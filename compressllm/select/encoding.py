@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from compressllm.models.chattemplate import apply_template
 from compressllm.select.records import Record
 
 # What is too long is cut here, so the tokenizer need not say that it is.
@@ -37,7 +38,8 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -> En
     """
     if tokenizer.chat_template:
         turns = [{"role": role, "content": text} for role, text in record.turns]
-        prompt = _ids(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenizer_kwargs=_QUIET))
+        text = apply_template(tokenizer, turns, answer_next=True)
+        prompt = _ids(tokenizer(text, add_special_tokens=False, **_QUIET))
     else:
         prompt = _ids(tokenizer(record.prompt + "\n", **_QUIET))
     response = _ids(tokenizer(record.response, add_special_tokens=False, **_QUIET))

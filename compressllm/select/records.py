@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from compressllm.core.errors import CalibrationError
+from compressllm.core.tablefile import read_table
+from compressllm.core.textfile import open_text_file
 
 #: What a prompt and a response may be called, in the order they are looked for.
 PROMPTS: Final = ("instruction", "prompt", "question")
@@ -135,18 +137,15 @@ def _messages(messages: Any) -> tuple[Sequence[tuple[Any, Any]] | None, Any]:
     return (turns[:last], turns[last][1]) if last else (None, None)
 
 
-_File = io.BufferedReader | gzip.GzipFile
-
-
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Place and JSON value of every row, or what is wrong with it as a string. Raises CalibrationError."""
     name = path.name.lower().removesuffix(".gz")
     if not name.endswith((".jsonl", ".json", ".parquet")):
         raise CalibrationError(f"{path}: not a kind of record file; known: .jsonl, .json, .parquet, each also with .gz")
     try:
-        with _open(path.expanduser()) as file:
+        with open_text_file(path.expanduser()) as file:
             if name.endswith(".parquet"):
-                yield from _table(file, path)
+                yield from enumerate(read_table(file, path.expanduser())[1], 1)
             elif name.endswith(".json") and file.peek(1)[:1] == b"[":
                 yield from _list(file, path)
             else:
@@ -157,7 +156,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _lines(file: _File) -> Iterator[tuple[int, Any]]:
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -172,7 +171,7 @@ def _lines(file: _File) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _list(file: _File, path: Path) -> Iterator[tuple[int, Any]]:
+def _list(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.load(file)
     except (ValueError, RecursionError) as error:
@@ -180,20 +179,3 @@ def _list(file: _File, path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: is not JSON ({error}); give one list of objects, or an object a line"
         ) from None
     yield from enumerate(("not an object" if isinstance(row, str) else row for row in rows), 1)
-
-
-def _table(file: _File, path: Path) -> Iterator[tuple[int, Any]]:
-    # Imported here: most runs read other formats.
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table = parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
-        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
-    except (ValueError, ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise CalibrationError(f"{path}: is not a whole parquet file ({reason}); fetch it again") from None
-
-
-def _open(path: Path) -> _File:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")

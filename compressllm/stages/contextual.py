@@ -31,6 +31,8 @@ from compressllm.core.registry import Spec, build
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
 from compressllm.models.bundle import Bundle, open_bundle
+from compressllm.models.seal import seal
+from compressllm.models.sidefiles import inside
 from compressllm.stages.evaluate import prepare
 
 
@@ -47,6 +49,8 @@ def contextual_stage(bundle: Bundle, config: ContextualConfig, run: Run) -> Bund
     folder = _beside(bundle.checkpoint.folder, run.folder / "model.partial")
     if fitted:
         save_calibration(calibration_path(folder, config.selector), config.selector, fitted, facts or {})
+        if bundle.checkpoint.facts:
+            seal(folder, bundle.checkpoint.facts.sha256)
     folder.replace(run.folder / "model")
     return open_bundle(str(run.folder / "model"))
 
@@ -114,7 +118,7 @@ def _beside(source: Path, folder: Path) -> Path:
     folder.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file() and not (path.suffix == ".safetensors" and _linked(path, folder / path.name)):
-            shutil.copy2(path, folder / path.name)
+            shutil.copy2(inside(source, path.name), folder / path.name)
     return folder
 
 

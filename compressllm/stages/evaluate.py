@@ -65,7 +65,7 @@ def _windows(bundle: Bundle, config: EvalConfig) -> Windows:
 
 
 def _measure_text(model: PreTrainedModel, windows: Windows, run: Run) -> dict[str, Any]:
-    result = perplexity(model, windows.ids, progress=run.track)
+    result = perplexity(model, windows.ids, progress=run.track, warn=run.warn)
     return {
         "perplexity": result.perplexity,
         "nll": result.nll,

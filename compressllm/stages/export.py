@@ -13,6 +13,7 @@ from compressllm.export.modelcard import CARD, write_card
 from compressllm.export.writer import export_model, exported_sizes
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.seal import seal
 
 
 def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
@@ -42,3 +43,4 @@ def complete_card(folder: Path, manifest: Mapping[str, Any]) -> None:
         checkpoint = Checkpoint(folder)
         if checkpoint.facts:
             write_card(folder, checkpoint.facts, exported_sizes(checkpoint).ratio, manifest)
+            seal(folder, checkpoint.facts.sha256)

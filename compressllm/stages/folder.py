@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from compressllm.core.errors import CompressError, RunError, TrainingError
+from compressllm.core.errors import CompressError, OutOfMemoryError, RunError, TrainingError
 from compressllm.core.run import JOURNAL, write_atomically, write_json
 from compressllm.core.settings import differences
 from compressllm.stages.environment import environment
@@ -61,7 +61,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
-        kept = isinstance(error, TrainingError) and any(self.path.glob(f"*/{JOURNAL}"))
+        kept = isinstance(error, TrainingError | OutOfMemoryError) and any(self.path.glob(f"*/{JOURNAL}"))
         if self.made and isinstance(error, CompressError) and not self.manifest["stages"] and not kept:
             shutil.rmtree(self.path)
         else:

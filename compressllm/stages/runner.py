@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressllm.calibration.source import open_source
 from compressllm.core.config import Config
+from compressllm.core.errors import OutOfMemoryError
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.run import Run, Track, untracked
 from compressllm.eval.config import EvalConfig
@@ -19,11 +22,12 @@ from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.facts import read_facts
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.data import record_files
-from compressllm.stages.environment import PeakMemory
+from compressllm.stages.environment import PeakMemory, resident_bytes
 from compressllm.stages.export import complete_card
 from compressllm.stages.folder import MODEL, RunFolder
+from compressllm.stages.memory import check_memory, estimate
 from compressllm.stages.recipe import Recipe
-from compressllm.stages.stage import STAGES
+from compressllm.stages.stage import STAGES, Stage
 
 
 def run_recipe(
@@ -137,7 +141,10 @@ def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunF
     begun, memory, before = time.perf_counter(), PeakMemory(), _weight_bytes(bundle)
     if stage.writes_model and name not in {"quantize", "contextual"} and bundle.quantized():
         run.warn(f"{name}: the model is quantised, and what is written is not: its weights become plain numbers")
-    bundle = stage.run(bundle, config, run)
+    held, need = resident_bytes(), estimate(name, bundle, config) if bundle.checkpoint else None
+    if need:
+        check_memory(name, need, config, run)
+    bundle = _run(stage, bundle, config, run)
     model = run.folder / "model" if run.folder and stage.writes_model else None
     facts = read_facts(model) if model else None
     sizes = {"bytes_before": before, "bytes_after": _weight_bytes(bundle)} if model else {}
@@ -146,6 +153,7 @@ def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunF
         "config": config.model_dump(mode="json"),
         "seconds": round(time.perf_counter() - begun, 3),
         "peak_memory_bytes": memory.bytes(),
+        "estimated_memory_bytes": held + need.bytes if need else None,
         "metrics": run.metrics | sizes,
         "linears": run.records,
         "block_seconds": run.block_seconds,
@@ -153,3 +161,19 @@ def _run_stage(name: str, config: Config, bundle: Bundle, run: Run, folder: RunF
         "model": str(model.relative_to(folder.path)) if model else None,
         "sha256": facts.sha256 if facts else {},
     }
+
+
+def _run(stage: Stage, bundle: Bundle, config: Config, run: Run) -> Bundle:
+    """Run a stage. Raises OutOfMemoryError where memory does not do, however small its batches."""
+    try:
+        return stage.run(bundle, config, run)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        kind, reason = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine", str(error)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what torch's allocator for the CPU raises
+            raise
+        kind, reason = "the machine", str(error)
+    raise OutOfMemoryError(
+        f"{stage.name}: {kind} ran out of memory ({' '.join(reason.split())[:120]}); give shorter windows, fewer "
+        "threads (OMP_NUM_THREADS) or another device; finished work is kept, the same command resumes it"
+    )

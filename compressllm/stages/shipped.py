@@ -22,7 +22,7 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by name. Raises RecipeError with the nearest name."""
     path, shipped = Path(name), shipped_recipes()
-    if path.exists() or path.suffix in {".yaml", ".yml"}:
+    if path.is_file() or path.suffix in {".yaml", ".yml"}:
         return path
     if name in shipped:
         return shipped[name]

@@ -12,6 +12,7 @@ from compressllm.core.errors import RecipeError
 
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 10_000
+_MOST_DEEP = 32
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +53,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     Args:
         where: What to call the text in messages.
 
-    Raises: RecipeError if it is no YAML, names a key twice, or is larger than any recipe.
+    Raises: RecipeError if it is no YAML, names a key twice, or is larger or deeper than any recipe.
     """
     if len(text) > _MAX_BYTES:
         raise RecipeError(f"{where}: has {len(text)} characters; a recipe has at most {_MAX_BYTES}")
@@ -102,10 +103,12 @@ def line_of(node: yaml.Node | None, keys: tuple[int | str, ...]) -> int:
 
 
 def _check(root: yaml.Node | None, where: str) -> None:
-    """Refuse keys given twice, and aliases that expand without bound."""
-    count, todo = 0, [root] if root else []
+    """Refuse keys given twice, deep nesting, and aliases that expand without bound."""
+    count, todo = 0, [(root, 0)] if root else []
     while todo:
-        node = todo.pop()
+        node, depth = todo.pop()
+        if depth > _MOST_DEEP:
+            raise RecipeError(f"{where}:{node.start_mark.line + 1}: is nested too deeply for a recipe")
         count += 1
         if count > _MAX_NODES:
             raise RecipeError(f"{where}: has over {_MAX_NODES} entries once aliases are expanded; that is no recipe")
@@ -115,6 +118,6 @@ def _check(root: yaml.Node | None, where: str) -> None:
                 if str(key.value) in seen:
                     raise RecipeError(f"{where}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
                 seen.add(str(key.value))
-                todo += [key, value]
+                todo += [(key, depth + 1), (value, depth + 1)]
         elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
+            todo += [(item, depth + 1) for item in node.value]

@@ -52,8 +52,11 @@ class MiniLM:
         if (folder := _folder()) is None:
             raise RecipeError(f"embedder minilm {self.refuses()}")
         with quiet_transformers():
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+            model = model.eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         identity = ("minilm", file_sha256(folder / _WEIGHTS), self.limit)
         return TextEncoder(model, tokenizer, identity, self.limit).encode(texts, device, run)
 

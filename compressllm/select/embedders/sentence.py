@@ -42,7 +42,12 @@ class SentenceTransformers:
         from sentence_transformers import SentenceTransformer
 
         try:
-            encoder = SentenceTransformer(self.model, device=str(device))
+            encoder = SentenceTransformer(
+                self.model,
+                device=str(device),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},  # a pickle could run code
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise RecipeError(f"embedder sentence-transformers: {self.model}: cannot be loaded: {error}") from None
 

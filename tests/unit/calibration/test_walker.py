@@ -524,3 +524,30 @@ def test_targets_must_be_asked_for(llama: PreTrainedModel, windows: Tensor) -> N
         block.example(0)
     with pytest.raises(TypeError, match="does not keep what its blocks were"):
         next(walk_blocks(llama, windows, LiveWeights(llama), WalkOptions(target="dense"), start=1))
+
+
+def test_batches_are_halved_where_memory_does_not_do(
+    decoder: PreTrainedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that takes no more than two windows at once, and runs out of memory after half of its linears."""
+    from compressllm.calibration.inputs import Call
+
+    plain = copy.deepcopy(decoder)
+    expected = collect(plain, windows)
+    run, tried, said = Call.run, [], []
+
+    def scarce(self: Call, module: nn.Module, hidden: Tensor) -> Any:
+        tried.append(len(hidden))
+        if len(hidden) > 2:
+            run(self, module, hidden)
+            raise torch.OutOfMemoryError
+        return run(self, module, hidden)
+
+    monkeypatch.setattr(Call, "run", scarce)
+    found = collect(decoder, windows, WalkOptions(batch_tokens=64, warn=said.append))
+    assert found.keys() == expected.keys()
+    for name, stats in found.items():
+        assert stats.tokens == expected[name].tokens
+        torch.testing.assert_close(stats.sqnorm, expected[name].sqnorm, rtol=1e-4, atol=1e-6)
+    assert tried[:2] == [4, 2]
+    assert said == ["out of memory with 4 windows at once; going on with 2"]

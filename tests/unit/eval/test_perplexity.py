@@ -116,15 +116,34 @@ def test_shows_progress_batch_by_batch(model, windows):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_loss_that_is_not_finite_names_its_window(windows, bad):
+def test_loss_that_is_not_finite_names_its_window_and_where_it_began(windows, bad):
     model = make(LlamaConfig(**SIZES))
     model.train()
     windows = windows.clamp(max=VOCABULARY - 2)
     windows[4, 6] = VOCABULARY - 1  # only this window meets the ruined embedding
     model.model.embed_tokens.weight.data[VOCABULARY - 1] = bad
-    with pytest.raises(CalibrationError, match=r"window 4 of 7: loss is nan; check the checkpoint's weights, or"):
+    with pytest.raises(CalibrationError, match=r"window 4 of 7: loss is nan, first in the output of model\.embed_"):
         perplexity(model, windows)
     assert model.training
+
+
+def test_batches_are_halved_where_memory_does_not_do(model, windows, monkeypatch):
+    expected, tried, said = perplexity(model, windows, batch_tokens=SEQLEN), [], []
+    measure = module._window_losses
+
+    def scarce(model, ids):
+        tried.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(model, ids)
+
+    monkeypatch.setattr(module, "_window_losses", scarce)
+    assert perplexity(model, windows, batch_tokens=4 * SEQLEN, warn=said.append) == expected
+    assert tried == [4, 2, *[1] * 7]
+    assert said == [f"out of memory with {n} windows at once; going on with {n // 2}" for n in (4, 2)]
+    monkeypatch.setattr(module, "_window_losses", lambda model, ids: scarce(model, torch.cat([ids, ids])))
+    with pytest.raises(torch.OutOfMemoryError):
+        perplexity(model, windows)
 
 
 def test_hopeless_models_have_infinite_perplexity(windows):

@@ -137,8 +137,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weight map": (edit_index(lambda i: i.pop("weight_map")), "is not a shard index"),
     "map is a list": (edit_index(lambda i: i.update(weight_map=["a"])), "is not a shard index"),
     "index is a list": (lambda folder: (folder / INDEX).write_text("[]"), "is not a shard index"),
-    "index is not JSON": (lambda folder: (folder / INDEX).write_text("<html>\n</html>"), "is not a shard index"),
-    "index is not text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "is not a shard index"),
+    "index is not JSON": (lambda folder: (folder / INDEX).write_text("<html>\n</html>"), "is not JSON"),
+    "index is not text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "is not JSON"),
     "nothing": (remove_all, "holds no model.safetensors and no model.safetensors.index.json$"),
     "pickled weights only": (only_pickled, "holds pytorch_model.bin, and pickled weights are not read: convert them"),
 }

@@ -363,6 +363,48 @@ def test_loss_that_is_not_finite_ends_training_and_leaves_the_checkpoint(
     assert not (tmp_path / "out" / "model").exists()
 
 
+def test_loss_that_is_not_finite_is_traced_to_a_module(
+    student: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressllm.recover.student import Student
+
+    forward, calls = Student.forward, [0]
+
+    def overflowing(self: Student, *rest: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 10:
+            self.model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
+        return forward(self, *rest)
+
+    monkeypatch.setattr(Student, "forward", overflowing)
+    with pytest.raises(TrainingError, match=r"kl is nan, first in the output of .*layers\.1\.mlp\.up_proj; "):
+        recovered(student, settings(), tmp_path / "out")
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_batches(
+    student: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressllm.recover.guide import Guide
+
+    loss, asked = Guide.loss, []
+
+    def scarce(self: Guide, *rest: Any) -> Any:
+        made = loss(self, *rest)
+        asked.append(len(rest[1]["input_ids"]))
+        if asked[-1] > 1 and len(asked) > 5:
+            made[0].backward()  # what was summed before memory ran out must not be counted
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made
+
+    monkeypatch.setattr(Guide, "loss", scarce)
+    halved, run = recovered(student, settings(), tmp_path / "halved")
+    assert {2, 1} <= set(asked)
+    assert run.warnings[1:] == ["out of memory with 2 windows at once; going on with 1"]
+    monkeypatch.setattr(Guide, "loss", loss)
+    expected, _ = recovered(student, settings(), tmp_path / "whole")
+    assert farthest(halved, expected) < 1e-5
+
+
 def test_divergence_ends_training(student: Path, settings, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the held-out loss is .* training diverged; lower lr"):
         recovered(student, settings(lr=30.0, clip=None, diverged=1.0), tmp_path / "out")
