@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from compressllm.core.errors import FormatError, RecipeError
+from compressllm.core.textfile import open_text_file
 
 Row = dict[str, Any]
 

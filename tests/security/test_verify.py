@@ -27,10 +27,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def places(size: int, chance: random.Random) -> list[int]:
-    """Which bytes to change: all of a small file; of others the first, the last and some between."""
-    if size <= 200:
-        return list(range(size))
-    return sorted({0, 1, 7, 8, 9, size // 2, size - 2, size - 1, *(chance.randrange(size) for _ in range(60))})
+    """Which bytes to change: the first, the last, those where a header begins and some between."""
+    return sorted({0, 7, 8, 9, size // 2, size - 2, size - 1, *(chance.randrange(size) for _ in range(20))})
 
 
 @pytest.mark.parametrize("name", INPUTS)
