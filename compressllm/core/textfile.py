@@ -10,7 +10,7 @@ from pathlib import Path
 from compressllm.core.errors import CalibrationError
 
 _MOST_TIMES = 100  # text of one letter aside, none is packed so well: prose takes a third or a quarter of its size
-_FREE = 64 << 20  # what is always allowed: a few identical lines may well be packed so
+_FREE = 16 << 20  # what is always allowed: a few identical lines may well be packed so
 
 
 def open_text_file(path: Path) -> io.BufferedReader:
