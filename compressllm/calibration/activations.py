@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import naming
 from compressllm.models.tensorfile import TensorSpec, read_tensor, write_tensor
 
 
@@ -60,6 +61,7 @@ class Activations:
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         if self._file is not None:
-            write_tensor(self._file.fileno(), self._offsets[index], value)
+            with naming(self._folder or Path(tempfile.gettempdir())):
+                write_tensor(self._file.fileno(), self._offsets[index], value)
         else:
             self._held[index] = value.cpu()

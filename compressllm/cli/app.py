@@ -32,6 +32,8 @@ from compressllm.cli import (
     sweep,
 )
 from compressllm.cli.output import results, say, talk
+from compressllm.cli.refusal import refusal
+from compressllm.cli.stopping import Stopped, stopping
 from compressllm.core.errors import CompressError
 
 #: Commands whose work the processes of a launcher share.
@@ -84,21 +86,28 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exits 0 when all went well, 1 when a gate failed, 2 for bad usage or input."""
+    """Run the command line.
+
+    Exits 0 when all went well, 1 when a gate failed, 2 for bad usage or input and where the operating system refuses,
+    128 and a signal's number when that asked it to stop: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     if os.environ.get("RANK", "0") != "0":  # one of several processes of a launcher, and not the first
         if not SHARED & set(sys.argv[1:2]):
             return  # the first does the work
         _hush()
     try:
-        app()
+        with stopping():
+            app()
+    except Stopped as stopped:
+        say(str(stopped), style="yellow")
+        sys.exit(stopped.code)
     except CompressError as error:
         talk.quiet = False
         say(f"error: {error}", style="bold red")
         sys.exit(2)
     except OSError as error:
         talk.quiet = False
-        where = f"{error.filename}: " if error.filename else ""
-        say(f"error: {where}{error.strerror or error}; finished work is kept, the same command resumes it", style="red")
+        say(f"error: {refusal(error)}", style="bold red")
         sys.exit(2)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from compressllm.cli.output import print_json, say, show, warn
+from compressllm.cli.output import print_json, show, warn
+from compressllm.cli.stopping import keeping
 from compressllm.cli.summary import print_summary
 from compressllm.core.errors import CompressError
 
@@ -20,7 +21,7 @@ def run_and_print(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> Non
 
     The processes of a launcher do it together; the first speaks for all of them.
 
-    Raises: CompressError of the kind that fits; typer.Exit with code 130 if interrupted.
+    Raises: CompressError of the kind that fits; Stopped, saying where finished work is.
     """
     from compressllm.core.launch import launched_ranks
     from compressllm.core.ranks import ALONE, Ranks
@@ -28,15 +29,12 @@ def run_and_print(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> Non
 
     ranks: Ranks = ALONE
     try:
-        with launched_ranks() as ranks:
+        with keeping(f"finished work is in {out}"), launched_ranks() as ranks:
             manifest = run_recipe(recipe, out, resume=resume, show=show, on_warning=warn, ranks=ranks)
     except (CompressError, OSError):
         if ranks.rank and ranks.told:  # the first process has it too, and says it
             raise typer.Exit(2) from None
         raise
-    except KeyboardInterrupt:
-        say(f"interrupted; finished work is in {out}, and the same command goes on with it", style="yellow")
-        raise typer.Exit(130) from None
     if ranks.rank:
         return
     if as_json:

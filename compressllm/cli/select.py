@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from compressllm.cli.arguments import AsJson, Device, DType
-from compressllm.cli.output import flag, given, print_json, results, say, seconds_text, show, warn
+from compressllm.cli.output import flag, given, print_json, results, seconds_text, show, warn
+from compressllm.cli.stopping import keeping
 from compressllm.select.config import SelectConfig
 
 
@@ -32,11 +33,8 @@ def select(
 
     fields = given(method=method_spec(method), budget=budget, max_tokens=max_tokens, dtype=dtype, device=device)
     config = make_config(SelectConfig, fields)
-    try:
+    with keeping("what was computed is in the cache"):
         report = select_file(data, out, teacher, student, config, seed=seed, show=show, on_warning=warn)
-    except KeyboardInterrupt:
-        say("interrupted; what was computed is in the cache, and the same command goes on with it", style="yellow")
-        raise typer.Exit(130) from None
     if as_json:
         print_json(report)
         return

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.cli.arguments import AsJson, Device, DType, Model, Out, Seed
-from compressllm.cli.output import flag, given, print_json, results, say, seconds_text, show, warn
+from compressllm.cli.output import flag, given, print_json, results, seconds_text, show, warn
+from compressllm.cli.stopping import keeping
 from compressllm.eval.config import EvalConfig
 from compressllm.stages.sweepconfig import SweepConfig
 
@@ -55,11 +56,8 @@ def sweep(
         **given(rise=rise),
     }
     config = make_config(SweepConfig, fields)
-    try:
+    with keeping(f"finished points are in {out}"):
         result = sweep_model(model, config, out, seed=seed, show=show, on_warning=warn)
-    except KeyboardInterrupt:
-        say(f"interrupted; finished points are in {out}, and the same command goes on with them", style="yellow")
-        raise typer.Exit(130) from None
     if as_json:
         print_json(result)
         return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compressllm.core.errors import RunError
 from compressllm.core.ranks import ALONE, Ranks
 
 T = TypeVar("T")
@@ -48,6 +47,8 @@ class Run:
         block_seconds: Decoder block -> seconds it took in this process; goes into the manifest, apart from results,
             which come out the same each time.
         ranks: The processes that share the work.
+        defer: Takes what is to be done once the results are recorded where they cannot be lost; done at once where
+            nobody records them.
     """
 
     seed: int = 0
@@ -59,6 +60,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     block_seconds: dict[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    defer: Callable[[Callable[[], None]], None] = lambda work: work()
 
     def log(self, **facts: Any) -> None:
         """Note one fact a row, a pruned linear say."""
@@ -74,21 +76,18 @@ class Run:
         yield from self.show(items, total, label)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's contents in one step: readers see the old or the new, never a half."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+def read_journal(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """What a stage noted of how far it is.
+
+    Args:
+        needs: Keys that it must have.
+
+    Raises: RunError if the file is damaged.
+    """
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or (missing := set(needs) - found.keys()):
+            raise ValueError(f"lacks {min(missing)}" if isinstance(found, dict) else "holds no mapping")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: is damaged ({error}); remove {path.parent} to do that stage again") from None
+    return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressllm.core.atomic import write_json
 from compressllm.core.errors import FormatError, RecipeError
 from compressllm.eval.accuracy import Drop
 from compressllm.eval.paired import Rise, paired_rise
@@ -28,8 +29,6 @@ def parse_increase(text: str, option: str = "--max-increase") -> float:
 
 def write_baseline(path: Path, measured: Mapping[str, Any]) -> None:
     """Put a measurement into a baseline file, in the place of an older one of the same text and settings."""
-    from compressllm.core.run import write_json  # imports torch, which reading does not need
-
     kept = [old for old in read_baseline(path) if not comparable(old, measured)] if path.exists() else []
     write_json(path, {"version": 1, "measurements": [*kept, dict(measured)]})
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from compressllm.core.atomic import write_atomically
 from compressllm.models.facts import Facts
 
 CARD: Final = "README.md"
@@ -53,7 +54,7 @@ def write_card(folder: Path, facts: Facts, ratio: float, run: Mapping[str, Any] 
         *(f"| {file} | `{digest}` |" for file, digest in facts.sha256.items()),
         *([f"| all masks, see compressllm.json | `{facts.masks_sha256}` |"] if facts.masks_sha256 else []),
     ]
-    (folder / CARD).write_text("\n".join(lines) + "\n")
+    write_atomically(folder / CARD, "\n".join(lines) + "\n")  # written anew when a run is over
 
 
 def run_of(folder: Path) -> dict[str, Any] | None:

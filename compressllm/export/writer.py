@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +12,10 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
+from compressllm.core.atomic import put_in_place
 from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import FormatError
+from compressllm.core.lock import Lock
 from compressllm.core.masks import MaskStore, raw
 from compressllm.core.packedcodes import SCALES
 from compressllm.core.pattern import SparsityPattern
@@ -81,9 +81,9 @@ def export_model(
         progress: Shows how far it is.
         max_shard_bytes: Where a weight file is split.
 
-    Raises: FormatError if ``out`` holds something or cannot be written, if there is nothing to pack, or what is to be
-        packed is quantised, if a mask and its
-        weight disagree, or if what was read back differs; UnsupportedModelError if the model cannot be built.
+    Raises: RunError if another process writes to ``out``; FormatError if ``out`` holds something or cannot be written,
+        if there is nothing to pack, or what is to be packed is quantised, if a mask and its weight disagree, or if
+        what was read back differs; UnsupportedModelError if the model cannot be built.
     """
     chosen: Format = build(FORMATS, format)
     variant = None if chosen.tensors == ("weight",) else format
@@ -225,20 +225,24 @@ def _sparse_owner(name: str, sparse: _Sparse) -> str | None:
 
 @contextlib.contextmanager
 def _appears_whole(out: Path) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that takes its place when the block succeeds, and vanishes when it does not."""
+    """A scratch folder beside ``out`` that takes its place when the block succeeds, and vanishes when it does not.
+
+    What a killed call left there is removed; two calls at once are kept apart by a lock.
+    """
     out = out.absolute()
     try:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise FormatError(f"{out}: exists already and holds something; name a new folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}.partial")
-        work.mkdir()
+        with Lock(out.with_name(f".{out.name}.lock"), out):
+            if out.is_file() or (out.is_dir() and any(out.iterdir())):
+                raise FormatError(f"{out}: exists already and holds something; name a new folder")
+            work = out.with_name(f".{out.name}.partial")
+            shutil.rmtree(work, ignore_errors=True)
+            try:
+                work.mkdir()
+                yield work
+                put_in_place(work, out)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise FormatError(f"{out}: cannot be written: {error.strerror}") from None
-    try:
-        yield work
-        os.replace(work, out)
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        where = f"{error.filename}: " if error.filename and Path(error.filename) != out else ""
+        raise FormatError(f"{out}: cannot be written: {where}{error.strerror or error}") from None

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import write_json
 from compressllm.core.cache import cache_folder
 from compressllm.core.compute import cpu_name
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
 from compressllm.core.registry import build
-from compressllm.core.run import write_json
 from compressllm.kernels.timing import interleaved, past_caches, rotating
 
 #: Numbers of tokens a linear is measured at; a larger number runs like the last.

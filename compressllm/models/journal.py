@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressllm.core.atomic import put_in_place, write_json
 from compressllm.core.errors import RunError
-from compressllm.core.run import JOURNAL, write_json
+from compressllm.core.run import JOURNAL, read_journal
 
 Rows = list[dict[str, Any]]
 
@@ -42,7 +43,7 @@ class Journal:
 
     def finish(self) -> None:
         """Move the checkpoint into place. The journal stays: if killed now, the next call ends where this one did."""
-        self.work.replace(self.final)
+        put_in_place(self.work, self.final)
 
     def _resume(self) -> tuple[list[str], Rows]:
         if self.final.exists() and not self._path.exists():
@@ -51,7 +52,7 @@ class Journal:
             self._path.unlink(missing_ok=True)  # its checkpoint was taken away
             shutil.rmtree(self.work, ignore_errors=True)  # killed before its first block was finished
             return [], []
-        progress = json.loads(self._path.read_text())
+        progress = read_journal(self._path, {"fingerprint", "blocks", "rows"})
         changed = [key for key, value in self._fingerprint.items() if progress["fingerprint"].get(key) != value]
         if changed:
             raise RunError(

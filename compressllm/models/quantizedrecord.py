@@ -84,7 +84,7 @@ class QuantizedRecord:
         by_stored = {self._stored[name]: linear for name, linear in held.items()}
         quantized = {self._stored[name] for name in names}
         self._out = PackedShards(
-            self._journal.work, self._source, self._masks, by_stored, quantized, parse_scheme(scheme)
+            self._journal.work, self._source, self._masks, by_stored, quantized, parse_scheme(scheme), bool(self.done)
         )
         self.weights = StreamedWeights(bundle.model, self._source, self._out, set(self._journal.blocks), dtype, device)
 
@@ -127,6 +127,7 @@ class PackedShards(ShardWriter):
         masks: Stored name -> mask, of the linears that are packed.
         linears: The same names -> linear.
         quantized: Those of them whose codes `write_codes` is given; their plain weights are not written.
+        begun: As of `ShardWriter`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class PackedShards(ShardWriter):
         linears: Mapping[str, PrunableLinear],
         quantized: set[str],
         scheme: Scheme,
+        begun: bool,
     ) -> None:
         self._packed: Format = build(FORMATS, FORMAT)
         self._masks, self._linears, self._quantized = masks, linears, quantized
@@ -152,7 +154,7 @@ class PackedShards(ShardWriter):
             else:
                 parts = self._packed.layout(owner, spec.dtype, masks[owner])
             layout.update({part: TensorSpec(*each) for part, each in parts.items()})
-        super().__init__(folder, layout, FORMAT)
+        super().__init__(folder, layout, FORMAT, begun=begun)
 
     def write_codes(self, owner: str, weight: QuantizedWeight) -> None:
         """Write the codes and scales of a linear."""

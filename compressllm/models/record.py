@@ -97,7 +97,7 @@ class FolderRecord:
         bundle.check_masks(but=patterns)
         self._journal = Journal(folder, {**fingerprint, **computed_on(self._source, dtype, device)})
         self.rows, self.done = self._journal.rows, len(self._journal.blocks)
-        self._out = ShardWriter(self._journal.work, self._source.specs)
+        self._out = ShardWriter(self._journal.work, self._source.specs, begun=bool(self.done))
         stored_name = tensor_names(bundle.model, self._source)
         self._stored = {name: stored_name[f"{name}.weight"].removesuffix(".weight") for name in self._patterns}
         self._linears = all_linears(bundle.model)
@@ -107,6 +107,7 @@ class FolderRecord:
                 self._stored[name]: TensorSpec(torch.uint8, (out, -(-columns // 8)))
                 for name, (out, columns) in ((name, self._linears[name].shape) for name in self._patterns)
             },
+            begun=bool(self.done),
         )
         self.weights: Weights = StreamedWeights(
             bundle.model, self._source, self._out, set(self._journal.blocks), dtype, device
@@ -165,7 +166,7 @@ class FollowingRecord:
         self._bundle, self._final = bundle, folder / "model"
         blocks = find_blocks(bundle.model)
         finished = {blocks.name(index) for index in range(done)}
-        self._out = ShardWriter(folder / "model.partial", bundle.checkpoint.specs)  # laid out already: only read
+        self._out = ShardWriter(folder / "model.partial", bundle.checkpoint.specs, begun=True)  # only read
         self.weights: Weights = StreamedWeights(bundle.model, bundle.checkpoint, self._out, finished, dtype, device)
 
     def finish(self, block: str, masks: Mapping[str, Tensor], rows: Rows) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import tempfile
@@ -13,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from compressllm.core.atomic import put_in_place
 from compressllm.core.cache import cache_folder
 from compressllm.core.errors import FormatError
 from compressllm.models.checkpoint import first_line
@@ -81,7 +82,10 @@ def _convert_gguf(path: Path) -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with replacing_folder(folder) as work:
-        model.save_pretrained(work)
+        try:
+            model.save_pretrained(work)
+        except SafetensorError as error:  # what its writer makes of a full disk
+            raise FormatError(f"{folder}: cannot be written: {first_line(error)}") from None
         tokenizer.save_pretrained(work)
     return folder
 
@@ -108,8 +112,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     work.chmod(0o755)
     try:
         yield work
-        with contextlib.suppress(OSError):  # another process may have finished the same conversion first
-            os.replace(work, folder)
+        try:
+            put_in_place(work, folder)
+        except OSError:
+            if not folder.exists():  # another process may have finished the same conversion first
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

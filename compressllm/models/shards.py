@@ -66,10 +66,17 @@ class ShardWriter:
         folder: Existing folder that receives the shards.
         layout: Every tensor to come, with dtype and shape.
         variant: Put into the shards' names; stock loaders then refuse the folder unless told the same.
+        begun: Whether the shards must be there, since work that is finished is in them.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, variant: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: Path,
+        layout: Layout,
+        variant: str | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        begun: bool = False,
     ) -> None:
         self.folder, self.variant = folder, variant
         self._layout = layout
@@ -79,7 +86,7 @@ class ShardWriter:
         for number, part in enumerate(parts, 1):
             suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
             file_name = f"{_stem(variant)}{suffix}.safetensors"
-            writer = TensorFileWriter(folder / file_name, part)
+            writer = TensorFileWriter(folder / file_name, part, begun=begun)
             self._writers[file_name] = writer
             self._writer_of.update(dict.fromkeys(part, writer))
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import naming
 from compressllm.core.errors import FormatError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -98,11 +99,21 @@ class TensorFileWriter:
     The whole size is reserved at once, so a full disk is found before the work and not after it. A file left
     by an interrupted writer with the same layout is taken up as it is.
 
-    Raises: FormatError if a file with another layout is in the way; OSError if the disk is full.
+    Args:
+        begun: Whether there must be such a file, since work that is finished is in it.
+
+    Raises: FormatError if a file with another layout is in the way, or one that was begun is gone; OSError, naming the
+        file, if the disk is full.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, begun: bool = False
+    ) -> None:
         self.path = path
+        if begun and not (path.exists() and path.stat().st_size):
+            raise FormatError(
+                f"{path}: is gone, and finished work with it; remove {path.parent.parent} to do that stage again"
+            )
         header, self._header = _make_header(layout, {"format": "pt", **(metadata or {})})
         existed = path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -111,8 +122,9 @@ class TensorFileWriter:
                 if os.pread(self._fd, len(header), 0) != header or os.fstat(self._fd).st_size != self._header.end:
                     raise FormatError(f"{path}: was left by a run with another layout; remove it")
             else:
-                reserve(self._fd, self._header.end)
-                write_bytes(self._fd, 0, memoryview(header))
+                with naming(path):
+                    reserve(self._fd, self._header.end)
+                    write_bytes(self._fd, 0, memoryview(header))
         except BaseException:
             os.close(self._fd)
             raise
@@ -125,7 +137,8 @@ class TensorFileWriter:
                 f"{self.path.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the layout says {spec.dtype} {spec.shape}"
             )
-        write_tensor(self._fd, self._header.offsets[name], tensor)
+        with naming(self.path):
+            write_tensor(self._fd, self._header.offsets[name], tensor)
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor written before, by this writer or the interrupted one it took up."""
@@ -133,14 +146,17 @@ class TensorFileWriter:
 
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
-        os.fsync(self._fd)
+        with naming(self.path):
+            os.fsync(self._fd)
 
     def close(self) -> None:
         """Sync and close."""
         if self._fd >= 0:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            try:
+                self.sync()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
 
 
 def read_tensor(fd: int, offset: int, spec: TensorSpec, where: str) -> Tensor:

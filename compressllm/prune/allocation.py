@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from compressllm.core.atomic import write_json
 from compressllm.core.errors import RecipeError
 from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.protocols import Allocation, Allocator, DenseLinear
-from compressllm.core.run import Run, write_json
+from compressllm.core.run import Run, read_journal
 from compressllm.prune.apportion import Shape, apportion, asked_sparsity, planned_sparsity
 from compressllm.prune.config import PruneConfig
 from compressllm.prune.plan import first_match
@@ -86,7 +87,7 @@ def allocate(
 def _kept(folder: Path | None, fingerprint: Mapping[str, Any]) -> Allocation | None:
     if folder is None or not (folder / ALLOCATION).exists():
         return None
-    kept = json.loads((folder / ALLOCATION).read_text())
+    kept = read_journal(folder / ALLOCATION, {"fingerprint", "sparsity", "notes"})
     same = kept["fingerprint"] == json.loads(json.dumps(fingerprint))
     return Allocation(kept["sparsity"], kept["notes"]) if same else None
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import put_in_place
 from compressllm.core.errors import FormatError, RunError
 from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle, bundle_of
@@ -138,7 +139,7 @@ class WrittenRefolded:
         sha256 = _write_permutations(self._folds.orders, self._work)
         write_dense_facts(self._work, {"folder": self._source.folder.name, "permutations_sha256": sha256})
         shutil.copyfile(self._work / PERMUTATIONS_NAME, self._folder / PERMUTATIONS_NAME)
-        self._work.replace(self._final)
+        put_in_place(self._work, self._final)
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model), sha256
 
     def abandon_(self) -> None:

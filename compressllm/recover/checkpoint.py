@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import put_in_place, write_json
 from compressllm.core.errors import FormatError, RunError
 from compressllm.core.masks import pack_bits, unpack_bits
-from compressllm.core.run import JOURNAL, write_json
+from compressllm.core.run import JOURNAL, read_journal
 from compressllm.core.settings import differences
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 from compressllm.recover.masking import Masking
@@ -123,8 +124,7 @@ class Checkpoints:
         self._optimizer.write_()
 
     def clean(self) -> None:
-        """Remove all checkpoints: the result has been written."""
-        self._sharding.ranks.exchange(None)
+        """Remove all checkpoints: the result is recorded, and nobody will go on from them."""
         if self._writes and self._folder:
             for old in (*self._folder.glob("checkpoint-*"), *self._folder.glob("best-*")):
                 shutil.rmtree(old)
@@ -169,7 +169,7 @@ class Checkpoints:
         if writer and partial and final:
             writer.close()
             shutil.rmtree(final, ignore_errors=True)
-            partial.replace(final)
+            put_in_place(partial, final)
 
     def _load_(self, folder: Path, step: int) -> None:
         file = TensorFile(folder / "state.safetensors")
@@ -195,7 +195,7 @@ class Checkpoints:
     def _read_journal(self) -> dict[str, Any] | None:
         if not self._writes or self._folder is None or not (self._folder / JOURNAL).exists():
             return None
-        progress: dict[str, Any] = json.loads((self._folder / JOURNAL).read_text())
+        progress = read_journal(self._folder / JOURNAL, {"fingerprint"})
         for scrap in self._folder.glob("*.partial"):
             shutil.rmtree(scrap)
         return progress

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from compressllm.core.atomic import naming, write_atomically
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -22,18 +24,18 @@ class Metrics:
         self._path = folder / FILE_NAME if folder else None
         if self._path:
             kept = [row for row in read_metrics(self._path) if row["step"] <= resumed] if resumed else []
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row: Any) -> None:
         """Add one line."""
         if self._path:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
         if self._path:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 os.fsync(file.fileno())
 
 

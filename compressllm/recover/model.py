@@ -99,7 +99,7 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
         recovered = publish(bundle, run.folder, held, masks, trained, run.ranks)
     else:
         recovered = put_back_(bundle, held, masks, trained)
-    checkpoints.clean()
+    run.defer(checkpoints.clean)
     run.metrics.update(
         linears=len(recovered.masks),
         sparsity=recovered.masks.sparsity() if recovered.masks else 0.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compressllm.core.atomic import put_in_place
 from compressllm.core.errors import TrainingError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern
@@ -64,7 +65,7 @@ def publish(bundle: Bundle, folder: Path, held: Held, masks: MaskStore, trained:
             out.write(stored, source.read(stored))
         _finish(bundle, work, names, held, masks, out)
         shutil.rmtree(final, ignore_errors=True)
-        work.replace(final)
+        put_in_place(work, final)
     ranks.exchange(None)
     return bundle_of(Checkpoint(final), bundle.tokenizer, bundle.model)
 

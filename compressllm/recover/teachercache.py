@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressllm.core.atomic import sync, write_json
 from compressllm.core.errors import FormatError, RecipeError, RunError
-from compressllm.core.run import Run, write_json
+from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle
 from compressllm.models.shards import file_sha256
 from compressllm.recover.headchunks import TeacherTopK
@@ -179,9 +180,13 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """A shard appears whole or not at all."""
     captured = float((1 - tensors["tail"].double().exp()).sum())
     scratch = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"captured": repr(captured)})
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, scratch, {"captured": repr(captured)})
+    except SafetensorError as error:  # what its writer makes of a full disk
+        scratch.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error}); make room, and the same command goes on") from None
+    sync(scratch)
     os.replace(scratch, path)
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from compressllm.core.atomic import drop_scratch, is_scratch, sync, write_atomically, write_json
 from compressllm.core.errors import CompressError, OutOfMemoryError, RunError, TrainingError
-from compressllm.core.run import JOURNAL, write_atomically, write_json
+from compressllm.core.lock import Lock
+from compressllm.core.run import JOURNAL
 from compressllm.core.settings import differences
 from compressllm.stages.environment import environment
 from compressllm.stages.recipe import Recipe
 from compressllm.stages.yamltext import parse_yaml
 
 MANIFEST, RECIPE, MODEL = "manifest.json", "recipe.yaml", "model"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -40,18 +40,20 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe, resume: bool, source: str) -> None:
         self.path = path
         self.made = not path.exists()
-        held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: is a file; give a new folder")
-        if held and MANIFEST not in held:
-            raise RunError(f"{path}: holds {held[0]} and is not a run folder; give a new or empty folder")
-        if held and not resume:
-            raise RunError(f"{path}: holds a run already; give a new folder, or --resume to go on with it")
-        self._lock = _take_lock(path)
+        self._lock = lock_folder(path)
+        self._deferred: list[Callable[[], None]] = []
         try:
-            self.manifest = self._take_up(recipe) if held else self._begin(recipe, source)
+            held = sorted(one.name for one in path.iterdir() if one.name != LOCK and not is_scratch(one))
+            if held and MANIFEST not in held:
+                raise RunError(f"{path}: holds {held[0]} and is not a run folder; give a new or empty folder")
+            if held and not resume:
+                raise RunError(f"{path}: holds a run already; give a new folder, or --resume to go on with it")
+            drop_scratch(path)
+            self.manifest = self._take_up(recipe, source) if held else self._begin(recipe, source)
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     def __enter__(self) -> RunFolder:
@@ -60,12 +62,10 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)
         kept = isinstance(error, TrainingError | OutOfMemoryError) and any(self.path.glob(f"*/{JOURNAL}"))
         if self.made and isinstance(error, CompressError) and not self.manifest["stages"] and not kept:
             shutil.rmtree(self.path)
-        else:
-            (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release()
 
     def stage_done(self, index: int) -> dict[str, Any] | None:
         """The manifest's entry of stage ``index``, or None if it is not finished."""
@@ -78,21 +78,31 @@ class RunFolder:
         if folder.exists() and not (folder / JOURNAL).exists():
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
+        drop_scratch(folder)
         return folder
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Have this done once the manifest has the stage that is running."""
+        self._deferred.append(work)
 
     def finish_stage(self, entry: dict[str, Any]) -> None:
         """Add a finished stage to the manifest."""
         self.manifest["stages"].append(entry)
         write_json(self.path / MANIFEST, self.manifest)
-        (self._stage_path(len(self.manifest["stages"]) - 1, entry["stage"]) / JOURNAL).unlink(missing_ok=True)
+        self._drop_journal(len(self.manifest["stages"]) - 1)
+        for work in self._deferred:
+            work()
+        self._deferred.clear()
 
-    def finish(self) -> None:
-        """Move the last stage's model to ``model`` and close the manifest."""
+    def finish(self, complete: Callable[[Path, dict[str, Any]], None]) -> None:
+        """Move the last stage's model to ``model``, let ``complete`` add what the manifest tells, and close that."""
         last = next((s for s in reversed(self.manifest["stages"]) if s["model"]), None)
         if last and last["model"] != MODEL:
             if not (self.path / MODEL).exists():
                 (self.path / last["model"]).replace(self.path / MODEL)
+                sync(self.path)
             last["model"] = MODEL
+        complete(self.path / MODEL, self.manifest)
         self.manifest["finished"] = now()
         write_json(self.path / MANIFEST, self.manifest)
 
@@ -103,6 +113,13 @@ class RunFolder:
 
     def _stage_path(self, index: int, name: str) -> Path:
         return self.path / f"{index + 1:02d}-{name}"
+
+    def _drop_journal(self, index: int) -> None:
+        """A finished stage's journal and checkpoints go; also those that a kill just after it was finished left."""
+        folder = self._stage_path(index, self.manifest["stages"][index]["stage"])
+        (folder / JOURNAL).unlink(missing_ok=True)
+        for scrap in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
+            shutil.rmtree(scrap)
 
     def _begin(self, recipe: Recipe, source: str) -> dict[str, Any]:
         manifest = {
@@ -115,16 +132,18 @@ class RunFolder:
             "environment": environment(),
             "stages": [],
         }
+        write_json(self.path / MANIFEST, manifest)  # first: it makes this a run folder
         write_atomically(self.path / RECIPE, recipe.to_yaml())
-        write_json(self.path / MANIFEST, manifest)
         return manifest
 
-    def _take_up(self, recipe: Recipe) -> dict[str, Any]:
+    def _take_up(self, recipe: Recipe, source: str) -> dict[str, Any]:
         try:
-            before = (self.path / RECIPE).read_text()
             manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
             if not isinstance(manifest["stages"], list):
                 raise ValueError
+            if not manifest["stages"] and not (self.path / RECIPE).exists():
+                return self._begin(recipe, source)  # killed between the two
+            before = (self.path / RECIPE).read_text()
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{self.path}: holds a damaged run; remove it or give a new folder") from None
         if before != recipe.to_yaml():
@@ -132,6 +151,9 @@ class RunFolder:
                 f"{self.path}: holds a run of another recipe ({_differences(before, recipe)}); "
                 "give a new folder, or the same recipe again"
             )
+        self.manifest = manifest
+        for index in range(len(manifest["stages"])):
+            self._drop_journal(index)
         return manifest
 
 
@@ -140,33 +162,16 @@ def _differences(before: str, recipe: Recipe) -> str:
     return "; ".join(differences(parse_yaml(before, RECIPE)[0], recipe.model_dump(mode="json"))) or "of another version"
 
 
-@contextlib.contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Hold a folder, made if it is not there, against another process.
+def lock_folder(path: Path) -> Lock:
+    """Hold a folder, made if it is not there, against other processes.
 
-    Raises: RunError if it is in use or cannot be written.
+    Raises: RunError, naming the process, if it is in use; or if it cannot be written.
     """
-    lock = _take_lock(path)
-    try:
-        yield
-    finally:
-        os.close(lock)
-        (path / ".lock").unlink(missing_ok=True)
-
-
-def _take_lock(path: Path) -> int:
-    """Descriptor of the folder's lock; the folder is made. Raises RunError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        return Lock(path / LOCK, path)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it if the process dies
-    except OSError:
-        os.close(lock)
-        raise RunError(f"{path}: is in use by another run; wait for it or give another folder") from None
-    return lock
 
 
 def now() -> str:

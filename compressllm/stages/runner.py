@@ -24,7 +24,7 @@ from compressllm.recover.config import RecoverConfig
 from compressllm.recover.data import record_files
 from compressllm.stages.environment import PeakMemory, resident_bytes
 from compressllm.stages.export import complete_card
-from compressllm.stages.folder import MODEL, RunFolder
+from compressllm.stages.folder import RunFolder
 from compressllm.stages.memory import check_memory, estimate
 from compressllm.stages.recipe import Recipe
 from compressllm.stages.stage import STAGES, Stage
@@ -65,12 +65,11 @@ def run_recipe(
             stage_folder = folder.stage_folder(index, name)
             if STAGES[name].shared and bundle.checkpoint:
                 ranks.exchange(_Order(index, bundle.checkpoint.folder.absolute(), stage_folder.absolute()))
-            run = Run(recipe.seed, stage_folder, show, on_warning, ranks=ranks)
+            run = Run(recipe.seed, stage_folder, show, on_warning, ranks=ranks, defer=folder.defer)
             bundle, entry = _run_stage(name, config, bundle, run, folder)
             folder.finish_stage(entry)
         if not folder.manifest["finished"]:
-            folder.finish()
-            complete_card(out / MODEL, folder.manifest)
+            folder.finish(complete_card)
         ranks.exchange(folder.manifest)
         return folder.manifest
 

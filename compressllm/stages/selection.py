@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compressllm.core.atomic import drop_scratch, write_atomically, write_json
 from compressllm.core.errors import RunError
-from compressllm.core.run import Run, Track, untracked, write_atomically, write_json
+from compressllm.core.lock import Lock
+from compressllm.core.run import Run, Track, untracked
 from compressllm.models.bundle import open_bundle
 from compressllm.models.shards import file_sha256
 from compressllm.select.config import SelectConfig
@@ -43,16 +45,25 @@ def select_file(
         teacher: The dense model: anything `resolve_model` takes.
         student: The pruned model, likewise, or None if the method does not look at it.
 
-    Raises: RunError if ``out`` cannot be written; CompressError of the kind that fits.
+    Raises: RunError if ``out`` cannot be written or another process writes to it; CompressError of the kind that fits.
     """
     if out.suffix != ".jsonl":
         raise RunError(f"{out}: the chosen records are written as .jsonl; give a file name that ends so")
-    if out.exists():
-        raise RunError(f"{out}: is there already; remove it, or give a new file")
     if not out.parent.is_dir():
         raise RunError(f"{out.parent}: is not a folder; make it first")
+    try:
+        lock = Lock(out.with_name(f".{out.name}.lock"), out)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror}") from None
+    with lock:
+        if out.exists():
+            raise RunError(f"{out}: is there already; remove it, or give a new file")
+        drop_scratch(out.parent, out.stem)
+        return _select(data, out, teacher, student, config, Run(seed=seed, show=show, on_warning=on_warning))
+
+
+def _select(data: Path, out: Path, teacher: str, student: str | None, config: SelectConfig, run: Run) -> dict[str, Any]:
     begun, peak = time.perf_counter(), PeakMemory()
-    run = Run(seed=seed, show=show, on_warning=on_warning)
     dense, pruned = open_bundle(teacher), open_bundle(student) if student is not None else None
     records, faults = read_records(data)
     if faults.counts:
@@ -63,7 +74,7 @@ def select_file(
         "data": {"path": str(data), "sha256": file_sha256(data.expanduser()), "left_out": faults.as_json()},
         "teacher": teacher,
         "student": student,
-        "seed": seed,
+        "seed": run.seed,
         "config": config.model_dump(mode="json"),
         **selection.report,
         "seconds": round(time.perf_counter() - begun, 3),
@@ -71,7 +82,7 @@ def select_file(
         "warnings": run.warnings,
         "environment": environment(),
     }
-    write_selection(selection, out, report, seed)
+    write_selection(selection, out, report, run.seed)
     return report
 
 

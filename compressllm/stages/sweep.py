@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from compressllm.calibration.source import open_source
+from compressllm.core.atomic import drop_scratch, write_atomically, write_json
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import CompressError, RecipeError, RunError
 from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.registry import split_spec
-from compressllm.core.run import Run, Track, label_text, untracked, write_atomically, write_json
+from compressllm.core.run import Run, Track, label_text, untracked
 from compressllm.eval.knee import farthest_from_chord, last_within
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.record import computed_on
@@ -25,7 +26,7 @@ from compressllm.prune.model import prune_model
 from compressllm.stages.curve import sweep_svg
 from compressllm.stages.environment import environment
 from compressllm.stages.evaluate import measure
-from compressllm.stages.folder import lock_folder, now
+from compressllm.stages.folder import LOCK, lock_folder, now
 from compressllm.stages.sweepconfig import SweepConfig
 
 RESULT, CURVE = "sweep.json", "sweep.svg"
@@ -65,6 +66,7 @@ def sweep_model(
     made = not out.exists()
     with lock_folder(out):
         try:
+            drop_scratch(out)
             return _sweep(model, bundle, config, out, Run(seed=seed, show=show, on_warning=on_warning))
         except CompressError:
             if made and not (out / RESULT).exists():
@@ -115,7 +117,7 @@ def _begin_or_take_up(model: str, bundle: Bundle, config: SweepConfig, out: Path
                 f"{out}: holds a sweep with another {', '.join(changed)}; give a new folder, or the same sweep again"
             )
         return result
-    if held := sorted(path.name for path in out.iterdir() if path.name != ".lock"):
+    if held := sorted(path.name for path in out.iterdir() if path.name != LOCK):
         raise RunError(f"{out}: holds {held[0]} and no sweep; give a new or empty folder")
     return {"schema": 1, "sweep": sweep, "begun": now(), "finished": None, "environment": environment(), "points": []}
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compressllm.core.atomic import write_json
 from compressllm.core.cache import cache_folder
-from compressllm.core.run import write_json
 
 #: ``0``: nothing is searched; ``1``: whatever can be is; else only what has no good default.
 SEARCH = "COMPRESSLLM_SEARCH"
