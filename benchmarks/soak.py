@@ -153,9 +153,8 @@ def child(name: str, seconds: float, every: float) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     soak = Soak(seconds, every)
-    with tempfile.TemporaryDirectory() as scratch:
-        with contextlib.suppress(Enough):
-            WORKLOADS[name](soak, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Enough):
+        WORKLOADS[name](soak, Path(scratch))
     print(json.dumps({"iterations": soak.iterations, "samples": soak.samples, "environment": environment()}))
 
 

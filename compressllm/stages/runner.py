@@ -27,6 +27,7 @@ from compressllm.stages.export import complete_card
 from compressllm.stages.folder import RunFolder
 from compressllm.stages.memory import check_memory, estimate
 from compressllm.stages.recipe import Recipe
+from compressllm.stages.space import check_space, needed_space, space_text, total_space
 from compressllm.stages.stage import STAGES, Stage
 
 
@@ -50,13 +51,16 @@ def run_recipe(
         ranks: Processes that make the same call. The first runs the stages, and the others do their share of those
             that can be shared. ``show`` and ``on_warning`` are heard on the first only.
 
-    Raises: RankError if another rank failed; CompressError of the kind that fits; OSError if the disk is full.
+    Raises: RankError if another rank failed; RunError if ``out`` is in use, or what is to be written does not fit on
+        its disk; CompressError of the kind that fits; OSError if the disk is full all the same.
     """
     if ranks.rank:
         return _assist(recipe, ranks)
     check_sources(recipe)
     bundle = open_bundle(recipe.model)
     with RunFolder(out, recipe, resume, bundle.checkpoint.folder.name if bundle.checkpoint else "") as folder:
+        if not folder.manifest["finished"]:
+            check_space(recipe, bundle, out)
         for index, (name, config) in enumerate(recipe.steps()):
             if done := folder.stage_done(index):
                 if done["model"]:
@@ -120,6 +124,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     lines = [f"model: {recipe.model}, {_parameters(bundle):,} parameters in {bundle.stored_dtype}"]
     for name, config in recipe.steps():
         lines.append(f"{name}: " + STAGES[name].plan(bundle, config))
+    if space := total_space(needed_space(recipe, bundle)):
+        lines.append(f"disk space: about {space_text(space)}")
     return lines
 
 
