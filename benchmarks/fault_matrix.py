@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/fault_matrix.py --every    # each single one
 
 Four faults: from that place on the disk is full (`full`), or read-only (`read_only`); that one call fails with an I/O
-error (`failing`); the output folder is moved away there (`vanished`). Each time the exit code must be 2 and the error one
-line, nothing half-written may be under a final name, and the same command, once the fault is gone, must lead to what an
-undisturbed run leaves, byte by byte. Rows that the result file has are not made again. The exit code is 1 if anything
-was otherwise.
+error (`failing`); the output folder is moved away there (`vanished`). Each time the exit code must be 2 and the error
+one line, nothing half-written may be under a final name, and the same command, once the fault is gone, must lead to
+what an undisturbed run leaves, byte by byte. Rows that the result file has are not made again. The exit code is 1 if
+anything was otherwise.
 """
 
 from __future__ import annotations

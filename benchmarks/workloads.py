@@ -49,7 +49,7 @@ class Workloads:
     """
 
     def __init__(self, scratch: Path, model: Path, text: Path, seqlen: int = 64) -> None:
-        self._scratch, self._model = scratch, str(scratch / "dense")
+        self.scratch, self._model = scratch, str(scratch / "dense")
         _cut(model, scratch / "dense", blocks=2)
         look = {"source": str(text), "samples": 4, "seqlen": seqlen}
         pruned = str(scratch / "pruned" / "model")
@@ -90,10 +90,10 @@ class Workloads:
     def command(self, name: str, out: Path) -> list[str]:
         """The command line."""
         if name != "select":
-            return ["compressllm", "run", str(self._scratch / f"{name}.yaml"), str(out)]
-        pruned = str(self._scratch / "pruned")
+            return ["compressllm", "run", str(self.scratch / f"{name}.yaml"), str(out)]
+        pruned = str(self.scratch / "pruned")
         options = ["--teacher", self._model, "--student", pruned, "--method", "kd-gap", "--max-tokens", "32"]
-        return ["compressllm", "select", str(self._scratch / "records.jsonl"), str(out / "chosen.jsonl"), *options]
+        return ["compressllm", "select", str(self.scratch / "records.jsonl"), str(out / "chosen.jsonl"), *options]
 
     def run(
         self,
@@ -144,7 +144,7 @@ def forked(command: list[str], base: Path, visit: Visit | None = None, kill_afte
             os._exit(code)
         started.append(child)
 
-    # From a thread of its own: OpenMP's threads belong to the one that used them, and a child of it would wait for them.
+    # From a thread of its own: OpenMP's threads belong to the one that used them, and its child would wait for them.
     thread = threading.Thread(target=fork)
     thread.start()
     thread.join()

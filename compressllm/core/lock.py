@@ -74,9 +74,11 @@ class Lock:
 
     def release(self) -> None:
         """Let others have it."""
-        if self._is_the_file():
-            self._path.unlink()  # while it is held, so that nobody holds a file without a name
-        os.close(self._fd)
+        try:
+            if self._is_the_file():
+                self._path.unlink()  # while it is held, so that nobody holds a file without a name
+        finally:
+            os.close(self._fd)
 
     def __enter__(self) -> Lock:
         return self

@@ -179,7 +179,7 @@ def _make_room(folder: Path, key: Mapping[str, Any], rows: int) -> None:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """A shard appears whole or not at all."""
     captured = float((1 - tensors["tail"].double().exp()).sum())
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = path.with_name(f".{path.name}-{os.getpid()}.partial")  # others may be making the same
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(whole, scratch, {"captured": repr(captured)})

@@ -74,7 +74,7 @@ class RunFolder:
 
     def stage_folder(self, index: int, name: str) -> Path:
         """The folder of unfinished stage ``index``: with what it can go on from, or else empty."""
-        folder = self._stage_path(index, name)
+        folder = self.stage_path(index, name)
         if folder.exists() and not (folder / JOURNAL).exists():
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
@@ -111,12 +111,13 @@ class RunFolder:
         folder = self.path / str(entry["model"])
         return folder if folder.exists() else self.path / MODEL
 
-    def _stage_path(self, index: int, name: str) -> Path:
+    def stage_path(self, index: int, name: str) -> Path:
+        """The folder of stage ``index``, there or not."""
         return self.path / f"{index + 1:02d}-{name}"
 
     def _drop_journal(self, index: int) -> None:
         """A finished stage's journal and checkpoints go; also those that a kill just after it was finished left."""
-        folder = self._stage_path(index, self.manifest["stages"][index]["stage"])
+        folder = self.stage_path(index, self.manifest["stages"][index]["stage"])
         (folder / JOURNAL).unlink(missing_ok=True)
         for scrap in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
             shutil.rmtree(scrap)

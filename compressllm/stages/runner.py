@@ -59,8 +59,9 @@ def run_recipe(
     check_sources(recipe)
     bundle = open_bundle(recipe.model)
     with RunFolder(out, recipe, resume, bundle.checkpoint.folder.name if bundle.checkpoint else "") as folder:
-        if not folder.manifest["finished"]:
-            check_space(recipe, bundle, out)
+        done = len(folder.manifest["stages"])
+        if todo := needed_space(recipe, bundle)[done:]:
+            check_space(todo, out, folder.stage_path(done, todo[0].stage))
         for index, (name, config) in enumerate(recipe.steps()):
             if done := folder.stage_done(index):
                 if done["model"]:

@@ -69,10 +69,13 @@ def total_space(needed: list[Needed]) -> int:
     return most
 
 
-def check_space(recipe: Recipe, bundle: Bundle, out: Path) -> None:
-    """See that a run fits beside what it has written already. Raises RunError that says what is needed and free."""
-    needed = needed_space(recipe, bundle)
-    there = sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
+def check_space(needed: list[Needed], out: Path, begun: Path) -> None:
+    """See that the stages that are not finished fit. Raises RunError that says what is needed and free.
+
+    Args:
+        begun: Folder of the first of them, which holds what an interrupted run has written already.
+    """
+    there = sum(path.stat().st_blocks * 512 for path in begun.rglob("*") if path.is_file())
     more, free = total_space(needed) - there, shutil.disk_usage(out).free
     if more > free:
         stages = ", ".join(f"{one.stage} {space_text(one.peak)}" for one in needed if one.peak)

@@ -139,7 +139,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with lock_folder(tmp_path / "out"), pytest.raises(RunError, match="is in use by another run"):
+    with lock_folder(tmp_path / "out"), pytest.raises(RunError, match="is in use by process"):
         same(settings(), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
