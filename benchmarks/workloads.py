@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import hashlib
 import json
 import os
@@ -59,8 +59,7 @@ class Workloads:
             "save_every": 0.25, "lr": 0.001, "teacher_cache": 8,
         }  # fmt: skip
         admm = {"admm": {"stages": 2, "refit_steps": 2}}
-        cli.app = typer.main.get_command(cli.app)  # which takes a while, and is the same in every child
-        gc.freeze()
+        _command()
         self.recipes: dict[str, list[dict[str, Any]]] = {
             "wanda": [{"prune": {"method": "wanda", "calibration": look}}],
             "sparsegpt": [{"prune": {"method": "sparsegpt", "calibration": look, "order": "sequential"}}],
@@ -108,6 +107,12 @@ class Workloads:
         if name == "select":
             out.mkdir(exist_ok=True)
         return forked(self.command(name, out), base, visit, kill_after)
+
+
+@functools.cache
+def _command() -> Any:
+    """The command line, which takes a while to make and is the same in every child."""
+    return typer.main.get_command(cli.app)
 
 
 def _cut(model: Path, to: Path, blocks: int) -> None:
@@ -169,6 +174,7 @@ def _in_child(command: list[str], base: Path, visit: Visit | None, log: Path) ->
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     sys.argv = command
+    cli.app = _command()
     try:
         with visited(base, visit) if visit else contextlib.nullcontext():
             cli.main()

@@ -244,5 +244,4 @@ def _appears_whole(out: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename and Path(error.filename) != out else ""
-        raise FormatError(f"{out}: cannot be written: {where}{error.strerror or error}") from None
+        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from None
