@@ -10,7 +10,7 @@ from rich.table import Table
 
 from compressllm.cli.arguments import AsJson
 from compressllm.cli.output import print_json, results, say
-from compressllm.core.run import write_atomically
+from compressllm.core.atomic import write_atomically
 
 if TYPE_CHECKING:
     from compressllm.stages.recipe import Family
