@@ -17,13 +17,11 @@ PROGRESS = ("replace", "out/01-prune/progress.json")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["export", "select"])
-def test_a_failing_disk_is_one_line_and_the_run_goes_on(matrix: Any, name: str, kind: str) -> None:
-    points = matrix.undisturbed(name)[1]
-    tried = places(points, every=False)
-    assert len(tried) > 10
-    for place in tried[KINDS.index(kind) :: 9]:  # another few of each
-        assert try_place(matrix, name, kind, place) == []
+def test_a_failing_disk_is_one_line_and_the_run_goes_on(matrix: Any, kind: str) -> None:
+    tried = places(matrix.undisturbed("export")[1], every=False)
+    assert len(tried) > 40
+    for place in tried[KINDS.index(kind) :: 20]:  # others of each
+        assert try_place(matrix, "export", kind, place) == []
 
 
 @pytest.fixture

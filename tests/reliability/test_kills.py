@@ -9,8 +9,7 @@ from workloads import SIGNALS, clean_end, differing, fingerprint, half_written
 #: Workload, signal, and the call it comes in: the last of its kind, half way where that can be.
 CALLS = [
     ("wanda", "SIGKILL", "replace", "out/01-prune/progress.json"),
-    ("recover", "SIGKILL", "pwrite", "out/01-recover/model.partial/model.safetensors"),
-    ("recover", "SIGTERM", "replace", "out/manifest.json"),
+    ("recover", "SIGKILL", "unlink", "out/01-recover/progress.json"),
     ("quantize", "SIGINT", "pwrite", "out/01-quantize/model.partial/model.packed.safetensors"),
     ("export", "SIGKILL", "replace", "out/01-export/model"),
     ("select", "SIGTERM", "replace", "out/chosen.jsonl"),
@@ -35,10 +34,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(matrix: Any, name: str, kind: st
     assert differing(wanted, fingerprint(base / "out")) == []
 
 
-@pytest.mark.parametrize("call", ["open", "write", "replace"])
-def test_killed_before_the_run_folder_has_its_manifest(matrix: Any, call: str) -> None:
+@pytest.mark.parametrize("path", ["out/manifest.json", "out/recipe.yaml"])
+def test_killed_while_the_run_folder_is_made(matrix: Any, path: str) -> None:
     wanted, points, _ = matrix.undisturbed("wanda")
-    first = next(index for index, point in enumerate(points) if point.call == call and point.path != "out/.lock")
+    first = next(index for index, point in enumerate(points) if (point.call, point.path) == ("replace", path))
     base = matrix.new()
     assert matrix.workloads.run("wanda", base, die(first)).code == -9
     again = matrix.workloads.run("wanda", base)

@@ -14,7 +14,7 @@ from compressllm.stages.recipe import make_recipe
 from compressllm.stages.runner import run_recipe
 
 TEXT = str(Path(__file__).parents[1] / "tiny" / "calibration.txt")
-LOOK = {"source": TEXT, "samples": 6, "seqlen": 48}
+LOOK = {"source": TEXT, "samples": 5, "seqlen": 32}
 THREADS = (1, 2, 4)
 
 
