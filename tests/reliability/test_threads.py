@@ -49,7 +49,7 @@ def start(matrix: Any) -> Path:
 def test_pruners(name: str, start: Path, tmp_path: Path) -> None:
     method: Any = {name: {"init": "magnitude"}} if name in {"dsnot", "refit"} else name
     pattern = "0.5/layer" if name in {"admm", "sparsegpt"} else "2:4"
-    same(start / "dense", {"prune": {"method": method, "pattern": pattern, "calibration": LOOK}}, tmp_path)
+    same(start / "dense", {"prune": {"method": name, "pattern": pattern, "calibration": LOOK}}, tmp_path)
 
 
 @pytest.mark.parametrize("more", [{"order": "sequential"}, {"reconstruct": {"epochs": 1}}], ids=["in turn", "rebuilt"])
