@@ -47,7 +47,6 @@ def start(matrix: Any) -> Path:
 
 @pytest.mark.parametrize("name", PRUNERS.names())
 def test_pruners(name: str, start: Path, tmp_path: Path) -> None:
-    method: Any = {name: {"init": "magnitude"}} if name in {"dsnot", "refit"} else name
     pattern = "0.5/layer" if name in {"admm", "sparsegpt"} else "2:4"
     same(start / "dense", {"prune": {"method": name, "pattern": pattern, "calibration": LOOK}}, tmp_path)
 
