@@ -59,9 +59,9 @@ def run_recipe(
     check_sources(recipe)
     bundle = open_bundle(recipe.model)
     with RunFolder(out, recipe, resume, bundle.checkpoint.folder.name if bundle.checkpoint else "") as folder:
-        done = len(folder.manifest["stages"])
-        if todo := needed_space(recipe, bundle)[done:]:
-            check_space(todo, out, folder.stage_path(done, todo[0].stage))
+        finished = len(folder.manifest["stages"])
+        if todo := needed_space(recipe, bundle)[finished:]:
+            check_space(todo, out, folder.stage_path(finished, todo[0].stage))
         for index, (name, config) in enumerate(recipe.steps()):
             if done := folder.stage_done(index):
                 if done["model"]:
