@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressllm.core.atomic import put_in_place, write_json
+from compressllm.core.atomic import drop_scratch, put_in_place, write_json
 from compressllm.core.errors import RunError
 from compressllm.core.run import JOURNAL, read_journal
 
@@ -61,4 +61,5 @@ class Journal:
             )
         if self.final.exists():
             self.final.replace(self.work)
+        drop_scratch(self.work)
         return list(progress["blocks"]), list(progress["rows"])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compressllm.core.atomic import write_atomically
 from compressllm.core.errors import FormatError
-from compressllm.core.run import write_atomically
 from compressllm.models.shards import file_sha256
 from compressllm.models.sidefiles import inside
 

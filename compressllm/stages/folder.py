@@ -102,6 +102,7 @@ class RunFolder:
                 (self.path / last["model"]).replace(self.path / MODEL)
                 sync(self.path)
             last["model"] = MODEL
+        drop_scratch(self.path / MODEL)
         complete(self.path / MODEL, self.manifest)
         self.manifest["finished"] = now()
         write_json(self.path / MANIFEST, self.manifest)
