@@ -27,6 +27,7 @@ from compressllm.models.shards import ShardWriter
 #: What differs between two runs of the same: times, memory, and how the work was cut up.
 VOLATILE = frozenset(
     {"seconds", "begun", "finished", "environment", "block_seconds", "peak_memory_bytes", "training_seconds"}
+    | {"estimated_memory_bytes"}
     | {"tokens_per_second", "resumed_at_block", "threads"}
 )
 
