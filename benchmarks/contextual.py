@@ -4,7 +4,8 @@
 
 A row is a selector and a density; by default every selector at 0.3, 0.5 and 0.7. Each is measured without correction
 and with it, and the dense model beside it in the same process. Rows that the result file has already are not measured
-again, so a stopped run goes on; what a selector learns from text is kept in --calibrations and used again.
+again, so a stopped run goes on; what a selector learns from text is kept in --calibrations and used again. So are the
+dense model's texts and answers, of which a later process generates a few anew to hold its own speed against.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from compressllm.calibration.windows import evaluation_windows, load_windows
 from compressllm.contextual.attach import Contextual
 from compressllm.contextual.calibrate import calibrate, calibration_path, find_calibration, save_calibration
 from compressllm.contextual.evaluate import Reference, Trial, measure_dense, measure_density, tradeoff
-from compressllm.contextual.probes import make_items
+from compressllm.contextual.fidelity import DENSE, generate_all, prompts_of
+from compressllm.contextual.probes import Answers, make_items
 from compressllm.contextual.sirius import Sirius
 from compressllm.core.protocols import NEURON_SELECTORS
 from compressllm.core.registry import build
@@ -31,6 +34,7 @@ from compressllm.stages.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "contextual.json"
 DENSITIES = (0.3, 0.5, 0.7)
+_TIMED = 2  # prompts that a later process times the dense model on
 
 
 def options() -> argparse.Namespace:
@@ -38,14 +42,14 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--rows", help="SELECTOR:DENSITY, comma-separated")
-    parser.add_argument("--period", type=int, default=8)
+    parser.add_argument("--period", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.1)
     parser.add_argument("--source", default="builtin", help="text to measure on, and to calibrate on")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--probes", type=int, default=10, help="questions of each probe")
+    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--probes", type=int, default=8, help="questions of each probe")
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument(
         "--calibrations", type=Path, default=Path("calibrations"), help="folder to keep calibrations in"
@@ -91,8 +95,12 @@ def main() -> None:
             continue
         contextual = Contextual(model, selector, key["density"], fitted(asked, bundle.tokenizer, model, selector))
         if reference is None:
+            reference = known_reference(record, contextual, trial)
+        if reference is None:
             reference = measure_dense(contextual, bundle.tokenizer, trial)
-            record["dense"] = reference.facts()
+            right = reference.answers.right if reference.answers else None
+            record["dense"] = {**reference.facts(), "texts_made": reference.texts.tokens, "right": right}
+            asked.out.write_text(json.dumps(record, indent=1) + "\n")
             print("dense:", line(tradeoff(reference, [])[0]), flush=True)
         point = measure_density(contextual, bundle.tokenizer, trial, reference, corrector)
         contextual.detach_()
@@ -102,6 +110,15 @@ def main() -> None:
         for row in rows:
             print(f"{selector} {text} {row['kind']}:", line(row), flush=True)
         asked.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def known_reference(record: Row, contextual: Contextual, trial: Trial) -> Reference | None:
+    """What an earlier process found of the dense model, with this one's speed."""
+    if "dense" not in record:
+        return None
+    dense, again = record["dense"], prompts_of(trial.windows[:_TIMED], trial.prompt_tokens)
+    texts = replace(generate_all(contextual, again, trial.new_tokens, DENSE), tokens=dense["texts_made"])
+    return Reference(texts, Answers(dense["right"], texts) if dense["right"] else None)
 
 
 def fitted(asked: argparse.Namespace, tokenizer: Any, model: Any, selector: str) -> dict[str, torch.Tensor]:

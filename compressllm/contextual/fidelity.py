@@ -59,7 +59,7 @@ class Texts:
 def generate_all(
     contextual: Contextual,
     prompts: Sequence[Tensor],
-    limit: int,
+    limits: int | Sequence[int],
     corrector: Corrector | None,
     ends: frozenset[int] = frozenset(),
 ) -> Texts:
@@ -67,12 +67,12 @@ def generate_all(
 
     Args:
         prompts: (1, tokens) ids each.
-        limit: Most tokens to add.
+        limits: Most tokens to add, to all of them or to each.
         corrector: None drafts without checks; `DENSE` never drafts.
     """
     contextual.reset_counts()
     made = []
-    for ids in prompts:
+    for ids, limit in zip(prompts, [limits] * len(prompts) if isinstance(limits, int) else limits, strict=True):
         decoding = Decoding(contextual, ids, limit, corrector, ends=ends)
         tokens = [token for span in decoding.spans() for token in span]
         made.append((tokens, decoding.counts))

@@ -77,18 +77,12 @@ def answer_items(
     """Answer every item greedily, each to the end of its line."""
     ends = frozenset(at for at in (tokenizer.eos_token_id, *_line_ends(tokenizer)) if at is not None)
     prompts = [encode_prompt(tokenizer, item.prompt).to(contextual.model.device) for item in items]
-    tokens, counts, read = [], [], 0.0
-    for limit in dict.fromkeys(item.limit for item in items):  # generations of one limit together
-        at = [index for index, item in enumerate(items) if item.limit == limit]
-        texts = generate_all(contextual, [prompts[index] for index in at], limit, corrector, ends)
-        tokens += list(zip(at, texts.tokens, strict=True))
-        counts += texts.counts
-        read = texts.read
+    texts = generate_all(contextual, prompts, [item.limit for item in items], corrector, ends)
     right: dict[str, list[bool]] = {}
-    for index, made in sorted(tokens):
+    for item, made in zip(items, texts.tokens, strict=True):
         text = str(tokenizer.decode(made, skip_special_tokens=True))
-        right.setdefault(items[index].probe, []).append(is_right(items[index], text))
-    return Answers(right, Texts([made for _, made in sorted(tokens)], counts, read))
+        right.setdefault(item.probe, []).append(is_right(item, text))
+    return Answers(right, texts)
 
 
 def recovery(dense: float, sparse: float, corrected: float) -> float | None:
