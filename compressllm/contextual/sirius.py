@@ -16,8 +16,8 @@ class Sirius:
     """Every ``period`` tokens the dense model reads the draft, rewrites its keys and values, and cuts what is unlikely.
 
     Args:
-        period: Tokens of a dense pass: the newest one, and those drafted after it. On a CPU, where such a pass costs
-            more than one of a token, 4 to 8; on a GPU up to 16.
+        period: Tokens of a dense pass: the newest one, and those drafted after it. On a CPU, where a pass of many costs
+            more than one of a token, about 4; on a GPU up to 16.
         threshold: Likelihood from which a drafted token stands; 0 lets all stand.
         temperature: Of the softmax that likelihoods are taken from.
         rule: ``likely`` as published; ``likely-or-best``, where the dense model's own choice stands however unlikely,
@@ -29,7 +29,7 @@ class Sirius:
     and 5; the rule ``likely-or-best`` is ours. Exact sampling: Leviathan et al., arXiv 2211.17192, algorithm 1.
     """
 
-    period: int = 8
+    period: int = 4
     threshold: float = 0.1
     temperature: float = 0.6
     rule: Literal["likely-or-best", "likely", "exact"] = "likely-or-best"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from compressllm.contextual.attach import Contextual, prompt_through
 from compressllm.contextual.coarse import PromptMlp
@@ -14,6 +14,7 @@ from compressllm.contextual.fine import TokenMlp
 from compressllm.contextual.sirius import Sirius
 from compressllm.core.pattern import NM
 from compressllm.kernels.linear import SparseLinear
+from compressllm.kernels.native.library import unavailable
 
 PATTERN = NM(2, 4)
 
@@ -45,6 +46,32 @@ def test_gathered_neurons_are_packed_and_compute_what_masked_ones_do(packed: Pre
         mask[runner.index] = 1
         right = runner.mlp.down(runner.mlp.activations(x)[1] * mask)
         torch.testing.assert_close(runner.draft(x), right)
+
+
+def test_kernels_compute_gathered_neurons_too(build_model: Callable[..., PreTrainedModel], prompt: Tensor) -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    model = build_model(config)
+    mlp = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(mlp, name)
+        linear.weight.data = linear.weight.bfloat16().float()  # what the kernel holds
+        keep = PATTERN.keep(linear.weight.abs())
+        linear.weight.data.mul_(keep)
+        setattr(mlp, name, SparseLinear.from_linear(linear, keep, PATTERN, "native"))
+    contextual = Contextual(model, "griffin", 0.5)
+    prompt_through(contextual, prompt)
+    (runner,) = contextual.runners
+    assert isinstance(runner, PromptMlp)
+    assert isinstance(runner._down, SparseLinear)
+    assert runner._down.backend == "native"
+    mask = torch.zeros(64)
+    mask[runner.index] = 1
+    x = torch.randn(1, 2, 32)
+    torch.testing.assert_close(runner.draft(x), runner.mlp.down(runner.mlp.activations(x)[1] * mask))
 
 
 @pytest.mark.parametrize("selector", ["griffin", "topk"])
