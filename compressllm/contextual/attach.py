@@ -171,5 +171,5 @@ def prompt_through(contextual: Contextual, ids: Tensor) -> None:
     """
     contextual.begin_prompt()
     with contextual.control.set(Mode.PREFILL), torch.inference_mode():
-        contextual.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        contextual.model.base_model(input_ids=ids, use_cache=False)
     contextual.choose_neurons()
