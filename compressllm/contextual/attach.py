@@ -118,13 +118,14 @@ class Contextual:
         if self.selector.level == "input":
             self._attach_to_linears(cast(InputSelector, self.selector))
             return
-        mlps = find_mlps(self.blocks)
-        for at in self._sparse:
-            mlp = mlps[at]
+        for at, mlp in enumerate(find_mlps(self.blocks)):
             runner: Runner
-            if self.selector.level == "prompt":
+            if self.selector.level == "prompt":  # of all MLPs, since a selector may look at one that stays dense
                 check_gatherable(mlp)
-                runner = PromptMlp(mlp, cast(PromptSelector, self.selector), self.density, self.control)
+                density = self.density if at in self._sparse else 1.0
+                runner = PromptMlp(mlp, cast(PromptSelector, self.selector), density, self.control)
+            elif at not in self._sparse:
+                continue
             else:
                 runner = TokenMlp(mlp, cast(TokenSelector, self.selector), self.density, self.fitted, self.control)
             self.runners.append(runner)

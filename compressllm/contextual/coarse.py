@@ -71,10 +71,14 @@ class PromptMlp(Runner):
         index = (kept[:, None] * self.group + torch.arange(self.group, device=kept.device)).reshape(-1)
         if self.index is None or not torch.equal(index, self.index):
             self.index = index
-            self._gather()
+            if len(index) < self.mlp.neurons:
+                self._gather()
 
     def draft(self, x: Tensor) -> Tensor:
-        """With the gathered neurons."""
+        """With the gathered neurons; without gathering if they are all."""
+        if self.count_kept == self.mlp.neurons:
+            self.count(1.0)
+            return self.dense(x)
         if self._inner is None or self._down is None:
             raise RuntimeError("no neurons were chosen: put a prompt through the model first")
         self.count(self.planned())

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressllm.contextual.attach import Contextual
+from compressllm.contextual.calibrate import calibrate
+from compressllm.contextual.coarse import PromptMlp
 from compressllm.contextual.control import Mode
 from compressllm.contextual.decode import Decoding
 from compressllm.contextual.density import (
@@ -17,9 +19,12 @@ from compressllm.contextual.density import (
     read_density,
     suggest_period,
 )
+from compressllm.contextual.fine import TokenMlp
 from compressllm.contextual.probes import PROBES, is_right, make_items
+from compressllm.contextual.runner import Runner
 from compressllm.contextual.scoring import decode_logits, score_windows
 from compressllm.contextual.sirius import Sirius
+from compressllm.core.errors import RecipeError
 from compressllm.core.protocols import NEURON_SELECTORS
 
 Attach = Callable[..., Contextual]
@@ -48,6 +53,24 @@ def test_all_neurons_score_as_the_dense_model(attached: Attach, windows: Tensor)
     assert scored.agreement == 1
     assert scored.divergence == pytest.approx(0, abs=1e-12)
     assert scored.sparse_nll == pytest.approx(scored.dense_nll, rel=1e-12)
+
+
+@pytest.mark.parametrize("selector", NEURON_SELECTORS.names())
+def test_blocks_at_both_ends_may_stay_dense(selector: str, model: PreTrainedModel, windows: Tensor) -> None:
+    """With the others' MLPs left as they are, only the middle block's neurons change anything."""
+    fitted = calibrate(model, selector, windows)
+    contextual = Contextual(model, selector, 0.4, fitted, skip_first=1, skip_last=1)
+    score_windows(contextual, windows[:1], 6)
+    assert all(one.planned() == 1 for one in contextual.runners if "layers.1" not in name_of(one))
+    assert any(one.planned() < 1 for one in contextual.runners)
+    contextual.detach_()
+    with pytest.raises(RecipeError, match="leave none of 3"):
+        Contextual(model, selector, 0.4, fitted, skip_first=2, skip_last=1)
+
+
+def name_of(runner: Runner) -> str:
+    """Path of what it stands for; of a linear, any in the middle block."""
+    return runner.mlp.name if isinstance(runner, PromptMlp | TokenMlp) else "layers.1"
 
 
 def test_densities_count_what_is_read(attached: Attach, model: PreTrainedModel, prompt: Tensor) -> None:
