@@ -99,7 +99,8 @@ def _predict(point: dict[str, Any], corrector: Corrector, stands: float | None) 
     if made["advance_length"]:
         made["effective_density_formula"] = effective_density(corrector.period, read, made["advance_length"])
     if stands is not None:
-        made["advance_length_expected"] = expected_advance(stands, corrector.period)
+        made["advance_length_expected"] = advance = expected_advance(stands, corrector.period)
+        made["effective_density_expected"] = effective_density(corrector.period, read, advance)
 
 
 def tradeoff(reference: Reference, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,6 +113,7 @@ def tradeoff(reference: Reference, points: Sequence[dict[str, Any]]) -> list[dic
     rows: list[dict[str, Any]] = [
         {"kind": "dense", "density": 1.0, "effective_density": 1.0, "quality": quality, "exact_match": 1.0}
         | {"similarity": 1.0, "advance_length": None, "speed_ratio": 1.0, "perplexity": None}
+        | {"read_density": 1.0, "effective_density_formula": None, "effective_density_expected": None}
     ]
     if points:
         rows[0]["perplexity"] = points[0]["scored"]["dense_perplexity"]
@@ -124,7 +126,10 @@ def tradeoff(reference: Reference, points: Sequence[dict[str, Any]]) -> list[dic
                     {
                         "kind": kind,
                         "density": point["density"],
+                        "read_density": point["read_density"],
                         "effective_density": made["effective_density"],
+                        "effective_density_formula": made.get("effective_density_formula"),
+                        "effective_density_expected": made.get("effective_density_expected"),
                         "quality": answered,
                         "exact_match": made["exact_match"],
                         "similarity": made["similarity"],
