@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, its gate, generation."""
+"""Evaluation: perplexity, tasks, agreement with a parent, the gate, generation."""

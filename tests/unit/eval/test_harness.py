@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from compressllm.core.errors import CompressError
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
+from compressllm.eval.harnesstasks import load_tasks, open_manager
 from compressllm.eval.scores import accuracy_metric
 from compressllm.models.bundle import open_bundle
 from compressllm.stages.evaluate import measure
@@ -205,6 +207,16 @@ def test_limit_few_shot_and_our_own_task(files, tmp_path):
     shown = few(tmp_path, "piqa", num_fewshot=2, limit=2)["piqa"]
     assert shown["num_fewshot"] == 2
     assert shown["items_sha256"] != found["piqa"]["items_sha256"]
+
+
+def test_unknown_names_get_a_suggestion():
+    with pytest.raises(CompressError, match="unknown task 'piqq'; did you mean 'piqa'"):
+        load_tasks(SimpleNamespace(all_tasks=["arc_easy", "piqa"]), "piqq", None, None)
+
+
+def test_only_what_is_asked_for_is_read():
+    assert {"piqa", "mmlu_anatomy"} <= set(open_manager(["piqa", "mmlu", "svamp"]).all_tasks)
+    assert "arc_easy" not in open_manager(["piqa"]).all_tasks
 
 
 def test_mistakes_are_one_line(files, tmp_path):
