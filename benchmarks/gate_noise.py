@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=None, help="at most so many to measure on")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--kinds", default="reseeded,regressed")
     parser.add_argument("--allowed", type=float, default=0.01, help="rise that the gate lets pass")
     parser.add_argument("--rise", type=float, default=0.02, help="regression put in")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -109,7 +110,7 @@ def main() -> None:
         options.data, bundle.tokenizer, options.seqlen, options.windows,
         max_seqlen=bundle.max_seqlen, vocab_size=bundle.vocab_size,
     )  # fmt: skip
-    about = {key: str(value) for key, value in vars(options).items() if key not in ("out", "seeds")}
+    about = {key: str(value) for key, value in vars(options).items() if key not in ("out", "seeds", "kinds")}
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
     if record["results"] and record["about"] != about:
         raise SystemExit(f"{options.out}: was measured with other settings; name another file")
@@ -121,7 +122,7 @@ def main() -> None:
         "environment": environment(),
     }
     done = {(row["kind"], row["seed"]) for row in record["results"]}
-    wanted = [(kind, seed) for seed in range(1, options.seeds + 1) for kind in ("reseeded", "regressed")]
+    wanted = [(kind, seed) for seed in range(1, options.seeds + 1) for kind in options.kinds.split(",")]
     wanted = [one for one in wanted if one not in done]
     if not wanted:
         return
