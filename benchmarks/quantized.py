@@ -2,9 +2,11 @@
 
     python benchmarks/quantized.py --calibration c4 --data wikitext2 --rows dense,2:4,2:4+int8,2:4+int4-g128+rtn
 
-A row is `dense` or a pattern, then `+SCHEME`, and then `+rtn` or `+gptq` (the default). --pruned PATTERN=FOLDER starts
-from a checkpoint that is pruned already, and recovered perhaps, in place of pruning with --method. Every row is a
-process of its own. Rows that the result file has already are not measured again, so a stopped run goes on.
+A row is `dense` or a pattern, then `+SCHEME`, and then `+METHOD`: rtn, gptq (the default), awq-scale, awq-gptq (the
+scales, and then GPTQ), or joint (SparseGPT prunes the dense model and rounds in one sweep). --pruned PATTERN=FOLDER
+starts from a checkpoint that is pruned already, and recovered perhaps, in place of pruning with --method; there may be
+several of one pattern, PATTERN/NAME=FOLDER, whose rows are PATTERN/NAME+SCHEME. Every row is a process of its own. Rows
+that the result file has already are not measured again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ import yaml
 from calibrated import add_options, measure_rows
 from prune_speed import run_process
 
-from compressllm.export.writer import exported_sizes
+from compressllm.export.sizes import exported_sizes
 from compressllm.models.bundle import open_bundle
 from compressllm.models.checkpoint import Checkpoint
-from compressllm.models.resolve import resolve_model
+from compressllm.models.resolve import demo_gguf, resolve_model
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "quantized.json"
 ROWS = (
-    "dense,dense+int4-g128+rtn,dense+int4-g128,2:4,2:4+int8+rtn,2:4+int8,2:4+fp8+rtn,2:4+fp8,"
-    "2:4+int4-g128+rtn,2:4+int4-g128"
+    "dense,dense+int4-g128+rtn,dense+int4-g128,2:4,2:4+int8+rtn,2:4+int8,2:4+fp8+rtn,2:4+fp8,2:4+int8-dynamic,"
+    "2:4+fp8-dynamic,2:4+int4-g128+rtn,2:4+int4-g128,2:4+int4-g128+awq-scale,2:4+int4-g128+awq-gptq"
 )
+METHODS = {"joint": {"rtn": {"fit": True}}, "awq-gptq": {"awq-scale": {"then": "gptq"}}}
 
 
 def stages(row: str, ids: Path, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
@@ -39,10 +42,14 @@ def stages(row: str, ids: Path, options: argparse.Namespace) -> tuple[str, list[
     pattern, *rest = row.split("+")
     calibration = {"source": str(ids)}
     model, found = options.pruned.get(pattern, options.model), []
-    if pattern != "dense" and pattern not in options.pruned:
+    method = rest[1] if len(rest) > 1 else "gptq"
+    if method == "joint":
+        joint = {"sparsegpt": {"quantize": rest[0]}}
+        model, found = options.model, [{"prune": {"method": joint, "pattern": pattern, "calibration": calibration}}]
+    elif pattern != "dense" and pattern not in options.pruned:
         found.append({"prune": {"method": options.method, "pattern": pattern, "calibration": calibration}})
     if rest:
-        method = rest[1] if len(rest) > 1 else "gptq"
+        method = METHODS.get(method, method)
         found.append({"quantize": {"scheme": rest[0], "method": method, "calibration": calibration}})
     elif pattern != "dense":
         found.append({"export": {"format": "packed"}})
@@ -70,7 +77,7 @@ def measure(row: str, ids: Path, options: argparse.Namespace, scratch: Path) -> 
         result |= {
             key: stage["metrics"][key] for key in ("masks_sha256", "mean_layer_error") if key in stage["metrics"]
         }
-    pattern = row.split("+")[0]
+    pattern = row.split("+")[0].split("/")[0]
     if pattern != "dense":
         verify = [sys.executable, "-m", "compressllm", "verify", str(folder), "--pattern", pattern, "--json"]
         result["verified"] = json.loads(run_process(verify)[2])["ok"]
@@ -95,10 +102,13 @@ def main() -> None:
     options.pruned = dict(pair.split("=", 1) for pair in options.pruned)
 
     bundle = open_bundle(options.model)
+    bfloat16 = sum(spec.bytes * 2 // spec.dtype.itemsize for spec in bundle.checkpoint.specs.values())
+    gguf = demo_gguf().stat().st_size if options.model == "demo" else None
     about = {
         "what": "WikiText-2 raw test perplexity and bytes of quantised sparse models",
         "command": "python benchmarks/quantized.py --rows ROWS, see benchmarks/README.md",
         "pruned": {pattern: Path(folder).name for pattern, folder in options.pruned.items()} or options.method,
+        "dense_bytes": {"float32": 2 * bfloat16, "bfloat16": bfloat16} | ({"Q4_1, as it comes": gguf} if gguf else {}),
     }
     measure_rows(
         options, bundle, about, [{"row": row} for row in options.rows.split(",")],

@@ -22,7 +22,7 @@ from compressllm.calibration.experts import eager_experts, experts_among
 from compressllm.calibration.inputs import BlockInputs, Call, embed_windows, one_window
 from compressllm.calibration.stepped import step_through
 from compressllm.calibration.watch import InputWatch, Seen
-from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.errors import CalibrationError, UnsupportedModelError
 from compressllm.core.halving import Halving
 from compressllm.core.ranks import ALONE, Ranks
 from compressllm.core.stats import InputStats, Need
@@ -81,6 +81,18 @@ class Block:
             out = self._inputs.forward(self.module, self.name, batch) if self._inputs is not None else None
             if out is not None:
                 yield out
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """A few windows as the block is given them, and what it makes of them as it is now: (windows, seqlen, hidden).
+
+        Raises: CalibrationError if the walk has no text.
+        """
+        if self._inputs is None:
+            raise CalibrationError(f"{self.name}: the walk has no text")
+        hidden, out = self._inputs.hidden(0), self._inputs.forward(self.module, self.name, 0)
+        if out is None:
+            raise ValueError(f"{self.name}: did not run to its end")
+        return hidden, out
 
     def collect(self, needs: frozenset[Need]) -> dict[str, InputStats]:
         """Statistics of every linear's inputs, from one forward over all windows; of no token if nothing is needed.

@@ -50,7 +50,8 @@ def convert(
 
 def export_and_print(source: Checkpoint, out: Path, format: str, as_json: bool) -> None:
     """Export a checkpoint and print how large it has become."""
-    from compressllm.export.writer import export_model, exported_sizes
+    from compressllm.export.sizes import exported_sizes
+    from compressllm.export.writer import export_model
     from compressllm.models.checkpoint import Checkpoint
 
     facts = export_model(source, out, format, show)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
+
+import typer
 
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.cli.arguments import AsJson, Data, Device, DType, Model, Out, Resume, Seed
@@ -21,16 +23,23 @@ def quantize(
     seqlen: Annotated[int | None, flag(CalibrationConfig, "seqlen")] = None,
     seed: Seed = 0,
     skip: Annotated[list[str] | None, flag(QuantizeConfig, "skip", "May be repeated.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="How OUT/model is stored: packed, or compressed-tensors for loaders that know that library."),
+    ] = None,
     order: Annotated[str | None, flag(QuantizeConfig, "order")] = None,
     dtype: DType = None,
     device: Device = None,
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
-    """Round weights to int8, int4 or fp8 without losing the mask. The packed model is OUT/model."""
+    """Round weights to int8, int4 or fp8 without losing the mask. The result is OUT/model."""
     from compressllm.stages.recipe import make_recipe, method_spec
 
     settings = given(scheme=scheme, method=method_spec(method), skip=skip, order=order, dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
-    recipe = make_recipe({"model": model, "seed": seed, "stages": [{"quantize": settings}]})
+    stages: list[dict[str, Any]] = [{"quantize": settings}]
+    if format not in {None, "packed"}:
+        stages.append({"export": {"format": format}})
+    recipe = make_recipe({"model": model, "seed": seed, "stages": stages})
     run_and_print(recipe, out, resume, as_json)

@@ -41,6 +41,7 @@ def recover(
     decay: Annotated[str | None, flag(RecoverStageConfig, "decay")] = None,
     decay_strength: Annotated[float | None, flag(RecoverStageConfig, "decay_strength")] = None,
     refresh: Annotated[int | None, flag(RecoverStageConfig, "refresh")] = None,
+    quantize: Annotated[str | None, flag(RecoverStageConfig, "quantize")] = None,
     train: Annotated[str | None, flag(RecoverStageConfig, "train")] = None,
     frozen: Annotated[list[str] | None, flag(RecoverStageConfig, "frozen", "May be repeated.")] = None,
     slorb: Annotated[
@@ -67,7 +68,7 @@ def recover(
         seqlen=seqlen, max_tokens=max_tokens, batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup,
         schedule=schedule, weight_decay=weight_decay, clip=clip, losses=losses, teacher_cache=teacher_cache,
         temperature=temperature, masking=masking, pattern=pattern, skip=skip, decay=decay,
-        decay_strength=decay_strength, refresh=refresh, train=method_spec(train), frozen=frozen,
+        decay_strength=decay_strength, refresh=refresh, quantize=quantize, train=method_spec(train), frozen=frozen,
         slorb=switch_or_mapping(slorb, "--slorb"), activation_checkpointing=activation_checkpointing,
         sharding=sharding, evaluate_every=evaluate_every,
         save_every=save_every, dtype=dtype, device=device,

@@ -52,8 +52,13 @@ def pack_codes(name: str, weight: QuantizedWeight, keep: Tensor) -> Iterator[tup
     yield f"{name}.weight", torch.empty(0, dtype=weight.computes_in)
 
 
-def unpack_codes(name: str, read: Callable[[str], Tensor], keep: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+def unpack_codes(
+    name: str, read: Callable[[str], Tensor], keep: Tensor, dtype: torch.dtype, dynamic: bool = False
+) -> QuantizedWeight:
     """The weight that `pack_codes` was given, bit for bit, meant for activations of ``dtype``.
+
+    Args:
+        dynamic: Whether these are rounded as well, which the tensors do not say.
 
     Raises: FormatError if values, scales and mask do not agree.
     """
@@ -71,7 +76,7 @@ def unpack_codes(name: str, read: Callable[[str], Tensor], keep: Tensor, dtype: 
             f"({out}, {' or '.join(map(str, groups))}); quantise the model again"
         )
     codes = _unpair(values, kept_shape(keep)) if bits == 4 else values
-    return QuantizedWeight(put_kept(codes, keep), scales.float(), bits, groups[scales.shape[1]], dtype)
+    return QuantizedWeight(put_kept(codes, keep), scales.float(), bits, groups[scales.shape[1]], dtype, dynamic)
 
 
 def _stored_shape(keep: Tensor, bits: int) -> tuple[int, ...]:

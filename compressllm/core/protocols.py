@@ -180,9 +180,11 @@ class Backend(Protocol):
     """Computes a linear from a packed weight, which may be a quantised one: a backend that cannot refuses it.
 
     ``rank`` orders backends by how fast they are where they run; ``auto`` takes the highest that does not refuse.
+    ``rounds_inputs`` says whether beside integer weights it rounds the inputs to 8 bits itself.
     """
 
     rank: ClassVar[int]
+    rounds_inputs: ClassVar[bool]
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Why this backend cannot run this weight here, or None if it can.

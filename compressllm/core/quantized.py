@@ -24,6 +24,7 @@ class QuantizedWeight:
         bits: 8 or 4.
         group: 32, 64 or 128; or, one scale a row, the number of inputs.
         computes_in: Dtype of the activations it is meant for, and the one `dequantize` gives unless told.
+        dynamic: Whether activations are rounded as well, as `Scheme.round_tokens` does.
 
     Raises: FormatError if these do not fit each other.
     """
@@ -33,6 +34,7 @@ class QuantizedWeight:
     bits: int
     group: int
     computes_in: torch.dtype = torch.bfloat16
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in LARGEST:
@@ -61,7 +63,7 @@ class QuantizedWeight:
     @property
     def scheme(self) -> Scheme:
         """What it was rounded to."""
-        return Scheme(self.bits, None if self.group == self.shape[1] else self.group, not self.integer)
+        return Scheme(self.bits, None if self.group == self.shape[1] else self.group, not self.integer, self.dynamic)
 
     @property
     def integer(self) -> bool:
@@ -126,7 +128,7 @@ def round_to_nearest(weight: Tensor, keep: Tensor, scheme: Scheme, group: int | 
     padded = torch.nn.functional.pad(kept, (0, -columns % group)).view(out, -1, group)
     scales = scheme.scale(padded)
     codes = scheme.code(padded, scales.unsqueeze(-1)).view(out, -1)[:, :columns].to(scheme.dtype).contiguous()
-    return QuantizedWeight(codes, scales, scheme.bits, group, weight.dtype)
+    return QuantizedWeight(codes, scales, scheme.bits, group, weight.dtype, scheme.dynamic)
 
 
 def quantize_absmax(weight: Tensor, keep: Tensor, bits: int, group: int) -> QuantizedWeight:

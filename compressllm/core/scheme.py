@@ -12,7 +12,7 @@ from compressllm.core.errors import FormatError, RecipeError
 from compressllm.core.registry import did_you_mean
 
 #: The names `parse_scheme` knows.
-SchemeName = Literal["int8", "int4-g32", "int4-g64", "int4-g128", "fp8"]
+SchemeName = Literal["int8", "int8-dynamic", "int4-g32", "int4-g64", "int4-g128", "fp8", "fp8-dynamic"]
 
 #: Bits of an integer code -> the largest magnitude a symmetric quantiser uses.
 LARGEST = {8: 127, 4: 7}
@@ -24,13 +24,15 @@ _SMALLEST_SCALE = 2.0**-24  # of float16, in which scales are stored
 class Scheme:
     """A symmetric grid: a weight is a code times the scale of its group, and zero is code 0.
 
-    Scales are float16 numbers held in float32. Those of float8 codes are powers of two, so that a weight is exact
-    in any dtype that has float8's three bits and the range.
+    Scales are numbers that both float16 and bfloat16 hold, in float32: whatever dtype a loader keeps them in, the
+    weights are the same. Those of float8 codes are powers of two, so that a weight is exact in any dtype that has
+    float8's three bits and the range.
 
     Args:
         bits: 8 or 4.
         group: Consecutive inputs of a row that share a scale; None for all of them.
         float8: Codes are float8_e4m3fn in place of integers.
+        dynamic: What the linear is given is rounded too, each token by a scale of its own, see `round_tokens`.
 
     Raises: FormatError for other bits.
     """
@@ -38,13 +40,15 @@ class Scheme:
     bits: int
     group: int | None = None
     float8: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in LARGEST:
             raise FormatError(f"quantisation to {self.bits} bits; 8 and 4 are supported")
 
     def __str__(self) -> str:
-        return "fp8" if self.float8 else f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
+        weights = "fp8" if self.float8 else f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
+        return f"{weights}-dynamic" if self.dynamic else weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,10 +74,14 @@ class Scheme:
             scales = torch.where((largest > 0) & largest.isfinite(), scales, largest)
         else:
             scales = largest / LARGEST[self.bits]
-        scales = scales.half().float()
+        scales = self.rounded_scale(scales)
         if not scales.isfinite().all():
             raise FormatError(f"weights as large as {largest.max():g} or not finite; scales of {self} are float16")
-        return scales.clamp(min=_SMALLEST_SCALE)  # a group of zeros too: dividing by its scale must give 0
+        return scales
+
+    def rounded_scale(self, scales: Tensor) -> Tensor:
+        """The nearest scales that can be stored, infinite where there is none; never 0, so that 0 / scale is 0."""
+        return scales.bfloat16().half().float().clamp(min=_SMALLEST_SCALE)
 
     def code(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The nearest code of each weight, as float32; ``scale`` broadcasts against ``weight``."""
@@ -82,13 +90,26 @@ class Scheme:
             return scaled.clamp_(-_LARGEST_FLOAT8, _LARGEST_FLOAT8).to(self.dtype).float()
         return scaled.round_().clamp_(-LARGEST[self.bits], LARGEST[self.bits])
 
+    def round_tokens(self, x: Tensor) -> Tensor:
+        """What codes of 8 bits and one scale a token leave of a linear's inputs: (..., in) -> (..., in), same dtype.
+
+        The largest input of a token gets the largest code. Scales are float32 and found anew for every token.
+        """
+        wide = x.float()
+        largest = wide.abs().amax(-1, keepdim=True)
+        scale = largest / (_LARGEST_FLOAT8 if self.float8 else LARGEST[8])
+        scale = scale.masked_fill(scale == 0.0, 1.0)  # a token of zeros
+        return (self.code(wide, scale) * scale).to(x.dtype)
+
 
 _KNOWN = {
     "int8": Scheme(8),
+    "int8-dynamic": Scheme(8, dynamic=True),
     "int4-g32": Scheme(4, 32),
     "int4-g64": Scheme(4, 64),
     "int4-g128": Scheme(4, 128),
     "fp8": Scheme(8, float8=True),
+    "fp8-dynamic": Scheme(8, float8=True, dynamic=True),
 }
 
 

@@ -13,12 +13,13 @@ _NOTE = (
 )
 
 
-def stamp_config(folder: Path, format: str, version: int, variant: str | None) -> None:
+def stamp_config(folder: Path, format: str, version: int, variant: str | None, scheme: str | None = None) -> None:
     """Say in ``config.json`` how sparse linears are stored; nothing of a plain folder, which has no variant.
 
     Args:
         version: Of the schema of ``compressllm.json``.
         variant: The variant in the shards' names, or None.
+        scheme: What the weights of quantised linears are rounded to, if there are any.
     """
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
@@ -31,5 +32,6 @@ def stamp_config(folder: Path, format: str, version: int, variant: str | None) -
             "format": format,
             "version": version,
             "note": _NOTE.format(variant=variant),
+            **({"scheme": scheme} if scheme else {}),
         }
     path.write_text(json.dumps(config, indent=2) + "\n")

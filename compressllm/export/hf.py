@@ -26,6 +26,7 @@ from compressllm.core.packedcodes import CODE_DTYPES, SCALES, unpack_codes
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.quantized import QuantizedWeight, StoredCodes
 from compressllm.core.registry import build
+from compressllm.core.scheme import parse_scheme
 from compressllm.core.stamp import QUANT_METHOD
 from compressllm.kernels.linear import AUTO, PLAIN
 from compressllm.kernels.measured import Timings, measuring
@@ -45,13 +46,21 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         backend: What runs the sparse linears: a backend's name, ``auto`` for the fastest that was measured on this
             machine, or ``dense``, which leaves plain modules that can be trained.
         keep_dense: Let ``auto`` keep a dense copy of a linear for prompts.
+        scheme: What quantised weights are rounded to; of one that is dynamic no module stays plain.
     """
 
     dequantize = True  # the loaded model saves as a plain one: transformers then drops this config from it
 
-    def __init__(self, format: str = "packed", backend: str = AUTO, keep_dense: bool = False, **other: Any) -> None:
+    def __init__(
+        self,
+        format: str = "packed",
+        backend: str = AUTO,
+        keep_dense: bool = False,
+        scheme: str | None = None,
+        **other: Any,
+    ) -> None:
         self.quant_method = QUANT_METHOD
-        self.format, self.backend, self.keep_dense = format, backend, keep_dense
+        self.format, self.backend, self.keep_dense, self.scheme = format, backend, keep_dense, scheme
         self.__dict__.update(other)
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -83,7 +92,9 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         """One converter: the tensors of a packed linear -> its weight."""
         chosen: Format = build(FORMATS, self.quantization_config.format)
         parts = [_pattern(part) for part in _parts(chosen) if part != "weight"]  # that one has its name already
-        return [WeightConverter(parts, ".weight", operations=[Unpack(chosen, self._swaps)])]
+        scheme = self.quantization_config.scheme
+        dynamic = scheme is not None and parse_scheme(scheme).dynamic
+        return [WeightConverter(parts, ".weight", operations=[Unpack(chosen, self._swaps, dynamic)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The model's own conversions, those that put experts together from packed ones; and ours."""
@@ -145,7 +156,7 @@ class Swaps:
         self, name: str, linear: Any, weight: Tensor, keep: Tensor, codes: QuantizedWeight | None = None
     ) -> Tensor:
         """What transformers is to take for the weight of linear ``name``: the weight itself where it stays dense."""
-        if self._backend == PLAIN or not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or (self._backend == PLAIN and not (codes and codes.dynamic)):
             return weight
         pattern = pattern_of(keep)
         timings = Timings() if measuring() else None
@@ -180,8 +191,8 @@ class Swaps:
 class Unpack(ConversionOps):  # type: ignore[misc]
     """The tensors of one packed linear -> its weight, in the dtype the model was asked for, or what stands for it."""
 
-    def __init__(self, chosen: Format, swaps: Swaps) -> None:
-        self._format, self._swaps = chosen, swaps
+    def __init__(self, chosen: Format, swaps: Swaps, dynamic: bool) -> None:
+        self._format, self._swaps, self._dynamic = chosen, swaps, dynamic
 
     @torch.no_grad()
     def convert(
@@ -204,7 +215,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         keep = self._format.mask(linear, read, (out, columns))
         codes = None
         if keep is not None and input_dict.get(_pattern(SCALES)):
-            codes = unpack_codes(linear, read, keep, parameter.dtype)
+            codes = unpack_codes(linear, read, keep, parameter.dtype, self._dynamic)
             weight = codes.dequantize()
         else:
             weight = self._format.unpack(linear, read, (out, columns)).to(parameter.dtype)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import yaml
 
 from compressllm.core.atomic import write_atomically
+from compressllm.core.stockcodes import FORMAT
 from compressllm.models.facts import Facts
 
 CARD: Final = "README.md"
@@ -114,6 +115,8 @@ def _word(value: Any) -> str:
 
 def _loading(facts: Facts) -> Iterator[str]:
     yield from ("## Load", "", "```python")
+    if facts.format == FORMAT:
+        yield f"# needs the package {FORMAT}"
     if facts.variant:
         yield "import compressllm  # teaches transformers the format"
     yield from ("from transformers import AutoModelForCausalLM, AutoTokenizer", "")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +9,19 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
-from compressllm.core.atomic import put_in_place
 from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import FormatError
-from compressllm.core.lock import Lock
 from compressllm.core.masks import MaskStore, raw
-from compressllm.core.packedcodes import SCALES
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import FORMATS, Format
 from compressllm.core.registry import build
 from compressllm.core.run import Track, untracked
 from compressllm.core.stamp import stamp_config
+from compressllm.core.stockcodes import FORMAT
 from compressllm.export.modelcard import run_of, write_card
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.stock import export_stock
+from compressllm.export.whole import appears_whole
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint, write_masks
 from compressllm.models.facts import Facts, LinearFacts
@@ -32,18 +30,6 @@ from compressllm.models.loading import skeleton
 from compressllm.models.shards import MAX_SHARD_BYTES, ShardWriter, file_sha256
 from compressllm.models.tensorfile import TensorSpec
 from compressllm.models.tensornames import tensor_names
-
-
-class Sizes(NamedTuple):
-    """Bytes of the sparse linears' weights: in their own dtype with all zeros in place, and as they are stored."""
-
-    dense: int
-    stored: int
-
-    @property
-    def ratio(self) -> float:
-        """Stored over dense; 1.0 if there are none."""
-        return self.stored / self.dense if self.dense else 1.0
 
 
 class _Sparse(NamedTuple):
@@ -77,7 +63,7 @@ def export_model(
     Args:
         source: Dense with masks, dense with zeros, or in any of our formats.
         out: Must not exist, or be an empty folder.
-        format: A registered format, ``dense`` or ``packed``.
+        format: A registered format, ``dense`` or ``packed``; or ``compressed-tensors``, see `export_stock`.
         progress: Shows how far it is.
         max_shard_bytes: Where a weight file is split.
 
@@ -85,11 +71,13 @@ def export_model(
         if there is nothing to pack, or what is to be packed is quantised, if a mask and its weight disagree, or if
         what was read back differs; UnsupportedModelError if the model cannot be built.
     """
+    if format == FORMAT:
+        return export_stock(source, out, progress, max_shard_bytes)
     chosen: Format = build(FORMATS, format)
     variant = None if chosen.tensors == ("weight",) else format
     if variant and source.facts and source.facts.schemes:
         raise FormatError(f"{source.folder}: is quantised and packed already; to have plain weights, export it dense")
-    with _appears_whole(out) as work:
+    with appears_whole(out) as work:
         sparse = _sparse_linears(source, progress)
         if variant and not sparse.masks:
             raise FormatError(
@@ -120,19 +108,6 @@ def export_model(
         write_card(work, facts, exported_sizes(written).ratio, run_of(source.folder))
         facts.write(work)
     return facts
-
-
-def exported_sizes(checkpoint: Checkpoint) -> Sizes:
-    """How large a checkpoint's sparse linears are; at 2:4 packed in 16 bit, the ratio is 0.5625."""
-    if checkpoint.facts is None:
-        return Sizes(0, 0)
-    parts = (*build(FORMATS, checkpoint.facts.format).tensors, SCALES)
-    plain, stored = checkpoint.specs, checkpoint.stored_specs
-    linears = checkpoint.facts.linears
-    return Sizes(
-        sum(plain[f"{name}.weight"].bytes for name in linears),
-        sum(stored[name].bytes for name in (f"{one}.{part}" for one in linears for part in parts) if name in stored),
-    )
 
 
 def _sparse_linears(source: Checkpoint, progress: Track) -> _Sparse:
@@ -221,27 +196,3 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 def _sparse_owner(name: str, sparse: _Sparse) -> str | None:
     owner = name.removesuffix(".weight")
     return owner if owner != name and owner in sparse.patterns else None
-
-
-@contextlib.contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that takes its place when the block succeeds, and vanishes when it does not.
-
-    What a killed call left there is removed; two calls at once are kept apart by a lock.
-    """
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(out.with_name(f".{out.name}.lock"), out):
-            if out.is_file() or (out.is_dir() and any(out.iterdir())):
-                raise FormatError(f"{out}: exists already and holds something; name a new folder")
-            work = out.with_name(f".{out.name}.partial")
-            shutil.rmtree(work, ignore_errors=True)
-            try:
-                work.mkdir()
-                yield work
-                put_in_place(work, out)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from None

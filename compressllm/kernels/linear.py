@@ -15,6 +15,7 @@ from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
+from compressllm.core.scheme import Scheme
 from compressllm.kernels.auto import pick
 from compressllm.kernels.measured import Seconds, Timings
 
@@ -94,6 +95,8 @@ class SparseLinear(nn.Module):
         pattern: What the mask obeys.
         backend: Name of a registered backend.
         dense_from: Number of tokens from which the dense weight, held as well, is used instead; None holds none.
+        scheme: What the weight was rounded to, if the inputs are to be rounded as well: one that is dynamic. Their
+            gradient passes through the rounding as if it were none.
 
     Raises: PatternError if the mask has another shape or prunes a weight that is not zero; RecipeError.
     """
@@ -109,6 +112,7 @@ class SparseLinear(nn.Module):
         pattern: SparsityPattern,
         backend: str,
         dense_from: int | None = None,
+        scheme: Scheme | None = None,
     ) -> None:
         super().__init__()
         if weight.shape != keep.shape:
@@ -126,6 +130,8 @@ class SparseLinear(nn.Module):
         for part, tensor in self._backend.pack(weight, keep).items():
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
+        rounds_itself = self._backend.rounds_inputs and isinstance(weight, QuantizedWeight) and dense_from is None
+        self.rounds = scheme if scheme and scheme.dynamic and not rounds_itself else None
         self.dense_from = dense_from
         dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
         self.register_buffer("dense", dense, persistent=False)
@@ -153,6 +159,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.rounds is not None:
+            rounded = self.rounds.round_tokens(x.detach())
+            x = x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
         if self.dense is not None and self.dense_from is not None and x.numel() >= self.dense_from * self.in_features:
             return functional.linear(x, self.dense, self.bias)
         return self._backend.linear(x, self.packed, self.bias)
@@ -161,7 +170,7 @@ class SparseLinear(nn.Module):
         """Shown when the model is printed."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, backend={self.backend}"
+            f"pattern={self.pattern}, backend={self.backend}" + (f", inputs as {self.rounds}" if self.rounds else "")
         )
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:

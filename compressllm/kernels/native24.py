@@ -32,6 +32,7 @@ class Native:
     """
 
     rank: ClassVar[int] = 10
+    rounds_inputs: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
@@ -84,6 +85,7 @@ class NativeExact(Native):
     """Quantised 2:4 on CPUs by C kernels that multiply the inputs as they are, about half as fast as ``native``."""
 
     rank: ClassVar[int] = 9
+    rounds_inputs: ClassVar[bool] = False
     exact: ClassVar[bool] = True
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:

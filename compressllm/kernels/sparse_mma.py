@@ -61,6 +61,7 @@ class SparseMma:
     """
 
     rank: ClassVar[int] = -1  # without a measurement dense goes first
+    rounds_inputs: ClassVar[bool] = False
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other patterns, shapes and dtypes, and machines without NVRTC and a GPU with sparse tensor cores."""

@@ -17,7 +17,7 @@ from compressllm.kernels.measured import Timings
 class Swapper:
     """Makes SparseLinears of linears one by one: while a model is loaded, so that it is never in memory dense.
 
-    A linear for which the dense backend is chosen stays the nn.Linear it is.
+    A linear for which the dense backend is chosen stays the nn.Linear it is, if its inputs are not to be rounded.
 
     Args:
         masks: Linear name -> (out, in) bool mask.
@@ -28,7 +28,7 @@ class Swapper:
         bits: Round the weights to 8 or 4 bits as they come, each group to its largest; None leaves them as they are.
         group: Inputs that share a scale then.
         quantized: Linear name -> codes that a checkpoint holds. Integers are run as they are; what has no kernel, as
-            float8, is run as the plain weight that was loaded.
+            float8, is run as the plain weight that was loaded. If their scheme is dynamic, inputs are rounded.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Swapper:
         self._masks, self._patterns, self._backend = masks, patterns, backend
         self._timings, self._keep_dense = timings, keep_dense
         self._bits, self._group = bits, group
+        self._dynamic = {name: one.scheme for name, one in (quantized or {}).items() if one.scheme.dynamic}
         self._stored = {name: one for name, one in (quantized or {}).items() if not one.scheme.float8}
         #: Linear name -> what was chosen, of those that were handed in so far and those that no backend can run.
         self.choices = {n: left_as_it_is(n, form, backend) for n, form in (other or {}).items() if n in masks}
@@ -90,9 +91,10 @@ class Swapper:
         with named(name):
             weight = self._weight(name, linear)
             choice = self.choices[name] = self._choose(weight, pattern)
-            if choice.name == PLAIN and weight is linear.weight:
+            scheme = self._dynamic.get(name)
+            if choice.name == PLAIN and weight is linear.weight and scheme is None:
                 return linear
-            return SparseLinear(weight, keep, linear.bias, pattern, choice.name, choice.dense_from)
+            return SparseLinear(weight, keep, linear.bias, pattern, choice.name, choice.dense_from, scheme)
 
     def _choose(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> Choice:
         return choose_backend(weight, pattern, self._backend, self._timings, self._keep_dense)

@@ -13,12 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from compressllm.core import stockcodes
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.core.masks import MaskStore, PackedMask, StoredMask
 from compressllm.core.packedcodes import SCALES, unpack_codes
 from compressllm.core.protocols import FORMATS
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
+from compressllm.core.scheme import parse_scheme
 from compressllm.models.facts import FILE_NAME, Facts, read_facts
 from compressllm.models.shards import ShardReader
 from compressllm.models.sidefiles import SUFFIXES, check_side_files, inside, read_json
@@ -29,7 +31,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes beside an adapter
 
 
 class Checkpoint:
-    """Read-only view of a checkpoint folder, dense or packed.
+    """Read-only view of a checkpoint folder: dense, packed, or exported for compressed-tensors.
 
     Sparse linears stored packed are decoded as they are read, and quantised ones rounded to the dtype they had, so
     every reader sees plain weights; `quantized` gives the codes.
@@ -49,15 +51,17 @@ class Checkpoint:
         check_side_files(folder)
         self.facts: Facts | None = read_facts(folder)
         self._shards = ShardReader(folder, self.facts.variant if self.facts else None)
-        self._format = None if self.facts is None or self.facts.format == "dense" else build(FORMATS, self.facts.format)
+        plain = self.facts is None or self.facts.format in {"dense", stockcodes.FORMAT}
+        self._format = None if self.facts is None or plain else build(FORMATS, self.facts.format)
         self._packed = dict(self.facts.linears) if self.facts and self._format else {}
+        self._stock = dict(self.facts.linears) if self.facts and self.facts.format == stockcodes.FORMAT else {}
         self._masks = TensorFile(inside(folder, MASKS_NAME)) if (folder / MASKS_NAME).exists() else None
 
     def config(self) -> PreTrainedConfig:
         """The model's config. Raises FormatError if it cannot be read, UnsupportedModelError if it is quantised."""
         config = self._stored_config()
         quantization = getattr(config, "quantization_config", None)
-        if self._format is not None and hasattr(config, "quantization_config"):
+        if (self._format is not None or self._stock) and hasattr(config, "quantization_config"):
             del config.quantization_config  # what we read is plain weights, and so is what is built from this config
         elif quantization:
             described = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -90,7 +94,7 @@ class Checkpoint:
         """Name -> dtype and shape of every tensor, packed linears as the plain ``.weight`` they stand for."""
         stored = self._shards.specs
         if self._format is None:
-            return stored
+            return stored if not self._stock else self._stock_specs(stored)
         specs: dict[str, TensorSpec] = {}
         for name, spec in stored.items():
             owner, _, part = name.rpartition(".")
@@ -114,6 +118,8 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A fresh CPU tensor. Raises FormatError if it is missing or damaged."""
         owner = name.removesuffix(".weight")
+        if owner != name and owner in self._stock and self._stock[owner].scheme:
+            return self.quantized(owner).dequantize()
         if owner == name or owner not in self._packed or self._format is None:
             return self._shards.read(name)
         if self._packed[owner].scheme:
@@ -124,11 +130,17 @@ class Checkpoint:
 
     def quantized(self, linear: str) -> QuantizedWeight:
         """The codes and scales of a linear that the facts give a scheme of. Raises FormatError if they are damaged."""
-        dtype = self._shards.read(f"{linear}.weight").dtype
-        return unpack_codes(linear, self._shards.read, self._packed_keep(linear), dtype)
+        if linear in self._stock:
+            facts = self._stock[linear]
+            return stockcodes.unpack_stock(linear, self._shards.read, facts.shape, parse_scheme(str(facts.scheme)))
+        dtype, scheme = self._shards.read(f"{linear}.weight").dtype, parse_scheme(str(self._packed[linear].scheme))
+        return unpack_codes(linear, self._shards.read, self._packed_keep(linear), dtype, scheme.dynamic)
 
     def mask(self, linear: str) -> Tensor | None:
         """The stored (out, in) bool mask of a linear, or None if it has none."""
+        if linear in self._stock:  # which holds no masks; what is zero is as good as pruned
+            dense = not self._stock[linear].pattern.sparsity
+            return torch.ones(self._stock[linear].shape).bool() if dense else self.read(f"{linear}.weight") != 0
         if linear in self._packed and self._format is not None:
             return self._format.mask(linear, self._shards.read, self._packed[linear].shape)
         if self._masks is None or linear not in self._masks.specs:
@@ -137,9 +149,9 @@ class Checkpoint:
 
     def masks(self) -> MaskStore:
         """All stored masks, in the model's order; those of packed linears stay on disk until they are asked for."""
-        if self._packed:
-            keep = {name: functools.partial(self._packed_keep, name) for name in self._packed}
-            return MaskStore({name: StoredMask(keep[name], facts.shape) for name, facts in self._packed.items()})
+        if held := self._packed or self._stock:
+            keep = {name: functools.partial(self._packed_keep, name) for name in held}
+            return MaskStore({name: StoredMask(keep[name], facts.shape) for name, facts in held.items()})
         names = [] if self._masks is None else [n for n in self._linear_names() if n in self._masks.specs]
         return MaskStore({name: self._packed_mask(name) for name in names})
 
@@ -150,10 +162,20 @@ class Checkpoint:
                 continue
             if path.is_file() and path.suffix in SUFFIXES:
                 shutil.copyfile(path, to / path.name)
-        if self._format is not None:
+        if self._format is not None or self._stock:
             config = json.loads((to / "config.json").read_text())
-            config.pop("quantization_config", None)  # it says packed, and what is written beside it need not be
+            config.pop("quantization_config", None)  # what is written beside it need not be what it says
             (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _stock_specs(self, stored: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in stored.items():
+            owner, _, part = name.rpartition(".")
+            if part not in stockcodes.PARTS or owner not in self._stock or not self._stock[owner].scheme:
+                specs[name] = spec
+            elif part == "weight_scale":  # has the dtype that the weight had
+                specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._stock[owner].shape)
+        return specs
 
     def _packed_keep(self, linear: str) -> Tensor:
         if (keep := self.mask(linear)) is None:

@@ -60,7 +60,7 @@ class QuantizedRecord:
     ) -> None:
         if bundle.checkpoint is None:
             raise TypeError("a QuantizedRecord needs a bundle whose weights are in a checkpoint")
-        self._source, self._bundle = bundle.checkpoint, bundle
+        self._source, self._bundle, self._scheme = bundle.checkpoint, bundle, scheme
         bundle.check_masks()
         linears, tensors = all_linears(bundle.model), tensor_names(bundle.model, self._source)
         held = {n: one for n, one in linears.items() if n in names or n in bundle.masks}
@@ -113,7 +113,7 @@ class QuantizedRecord:
             source={**(self._source.facts.source if self._source.facts else {}), "folder": self._source.folder.name},
             sha256={path.name: file_sha256(path) for path in sorted(work.glob("*.safetensors"))},
         )
-        stamp_config(work, facts.format, facts.version, facts.variant)
+        stamp_config(work, facts.format, facts.version, facts.variant, self._scheme)
         facts.write(work)
         self._journal.finish()
         return bundle_of(Checkpoint(self._journal.final), self._bundle.tokenizer, self._bundle.model)

@@ -45,13 +45,14 @@ def resolve_model(name: str) -> Path:
             raise FormatError(f"{name}: is a file; give a model folder, a .gguf file, a hub id or 'demo'")
         return _convert_gguf(path)
     if name == "demo":
-        return _convert_gguf(_demo_gguf())
+        return _convert_gguf(demo_gguf())
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise FormatError(f"{name}: does not exist; give a model folder, a .gguf file, a hub id or 'demo'")
     return _fetch_from_hub(name)
 
 
-def _demo_gguf() -> Path:
+def demo_gguf() -> Path:
+    """The file that ``demo`` names. Raises FormatError if its package is not installed."""
     spec = importlib.util.find_spec(_DEMO_PACKAGE)  # found, not imported: importing it asks for its plugin host
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / _DEMO_FILE).exists():

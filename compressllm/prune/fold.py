@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressllm.core.masks import raw
-from compressllm.prune.channels import Channels, Slot
+from compressllm.models.channels import Channels, Slot
 
 
 class Folds:
@@ -57,20 +57,14 @@ def sets_of(slot: Slot, scores: Tensor, sets: int, size: int) -> Tensor:
 
     A set that comes several times has all of its rows for each.
     """
-    columns = _places(slot, sets, size).to(scores.device)  # (sets, repeat, size)
+    columns = slot.places(sets, size).to(scores.device)  # (sets, repeat, size)
     return scores[:, columns].permute(1, 2, 0, 3).flatten(1, 2)
-
-
-def _places(slot: Slot, sets: int, size: int) -> Tensor:
-    """(sets, repeat, size): where each channel lies along the slot's axis."""
-    copies = torch.arange(sets * slot.repeat).view(sets, slot.repeat, 1)
-    return slot.start + copies * (slot.stride or size) + torch.arange(size)
 
 
 def _index(slot: Slot, order: Tensor, length: int) -> Tensor:
     """(length,): the old index at each new one."""
     sets, size = order.shape
-    places = _places(slot, sets, size)
+    places = slot.places(sets, size)
     index = torch.arange(length)
     index[places.flatten()] = places.gather(2, order[:, None].expand_as(places)).flatten()
     return index

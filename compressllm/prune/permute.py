@@ -18,8 +18,8 @@ from compressllm.core.registry import build
 from compressllm.core.run import Run
 from compressllm.models.blocks import find_blocks
 from compressllm.models.bundle import Bundle
+from compressllm.models.channels import Channels, Found, find_channels
 from compressllm.models.weights import Weights
-from compressllm.prune.channels import Channels, Found, find_channels
 from compressllm.prune.config import PermuteConfig
 from compressllm.prune.criterion import Criterion
 from compressllm.prune.exchange import Order, find_order

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressllm.core.errors import FormatError
-from compressllm.prune.channels import Channels, Slot
+from compressllm.models.channels import Channels, Slot
 from compressllm.prune.fold import sets_of
 
 

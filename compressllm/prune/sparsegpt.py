@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,12 +14,11 @@ from compressllm.core.factor import inverse_factor
 from compressllm.core.parallel import for_chunks
 from compressllm.core.pattern import NM, Group, SparsityPattern, Unstructured, keep_rows
 from compressllm.core.protocols import PRUNERS, Pruned
+from compressllm.core.scheme import SchemeName, parse_scheme
 from compressllm.core.stats import InputStats, Need
+from compressllm.prune.joint import Choose, quantizing_sweep
 
 _ROWS = 256  # rows that one core changes at once
-
-#: From the (out, width) scores of some columns, and the first of them, to their bool mask: True = kept.
-Choose = Callable[[Tensor, int], Tensor]
 
 
 @PRUNERS.register("sparsegpt")
@@ -35,16 +33,23 @@ class SparseGPT:
     The authors' code zeroes the weights of inputs that were always zero. Here the damping stands in for the size of
     such inputs, so that their weights compete by magnitude.
 
+    With ``quantize`` the weights that stay are rounded in the same pass: what a column loses by both is made up for
+    behind it. A group's scale is that of the largest weight that would stay if its mask were chosen when its first
+    column is reached; the authors' code takes that of all dense weights. What is left are plain numbers that lie on the
+    grid of the scheme: `compressllm quantize` with ``rtn: {fit: true}`` and the same scheme finds their codes.
+
     Args:
         block: Columns in which unstructured weights compete at once. In the paper 16 to 1024 do equally well, single
             columns and the whole matrix worse.
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
+        quantize: A scheme that weights are rounded to as well, ``int4-g128`` say, or None.
 
-    Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1.
+    Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1 and section 3.5.
     """
 
     block: int = 128
     damping: float = 0.01
+    quantize: SchemeName | None = None
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
     group: ClassVar[Group] = "layer"
 
@@ -64,14 +69,19 @@ class SparseGPT:
         if not pattern.sparsity:  # nothing to make up for, not even in the last bit
             return Pruned(torch.ones_like(weight, dtype=torch.bool), weight.clone(), {"obs_loss": 0.0})
         factor = inverse_factor(stats, self.damping)
+        block = width = self.block
         if isinstance(pattern, NM):
-            block = -(-self.block // pattern.m) * pattern.m  # no group lies in two blocks
-            keep, left, losses = _sweep(weight, factor.upper, block, pattern.m, lambda scores, at: pattern.keep(scores))
+            block, width = -(-self.block // pattern.m) * pattern.m, pattern.m  # no group lies in two blocks
+            choose: Choose = _by(pattern)
         elif isinstance(pattern, Unstructured):
             choose = _in_blocks(pattern.within(self.group))
-            keep, left, losses = _sweep(weight, factor.upper, self.block, self.block, choose)
         else:
             raise PatternError(f"sparsegpt prunes to N:M or by a fraction, not to {pattern}")
+        if self.quantize is None:
+            keep, left, losses = _sweep(weight, factor.upper, block, width, choose)
+        else:
+            scheme = parse_scheme(self.quantize)
+            keep, left, losses = quantizing_sweep(weight, factor.upper, block, width, choose, scheme)
         loss = math.fsum(losses.tolist())
         if not math.isfinite(loss):  # every change of a weight is in it
             raise CalibrationError("sparsegpt: the changed weights are not finite; raise its option damping")
@@ -89,6 +99,11 @@ def compensate(weight: Tensor, keep: Tensor, upper: Tensor, block: int = 128) ->
         block: Columns finished before those behind the block are changed; moves last bits only.
     """
     return _sweep(weight, upper, block, block, lambda scores, at: keep[:, at : at + scores.shape[1]])[1]
+
+
+def _by(pattern: NM) -> Choose:
+    """Chooses group by group."""
+    return lambda scores, start: pattern.keep(scores)
 
 
 def _in_blocks(pattern: Unstructured) -> Choose:

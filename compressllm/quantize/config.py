@@ -16,7 +16,8 @@ class QuantizeConfig(Config):
     """Round weights to fewer bits; the mask stays as it is."""
 
     scheme: SchemeName = "int8"
-    """What weights are rounded to: int8, int4-g128, int4-g64, int4-g32 (weights that share a scale) or fp8."""
+    """What weights are rounded to: int8, int4-g128, int4-g64, int4-g32 (weights that share a scale) or fp8; and with
+    int8-dynamic and fp8-dynamic each token of the inputs, when the model runs."""
     method: method_of(QUANTIZERS) = "gptq"  # type: ignore[valid-type]
     """How they are rounded: a name from `compressllm list quantizers`, or {name: {option: value}}."""
     skip: tuple[str, ...] = ()

@@ -80,6 +80,7 @@ class GPTQ:
             scheme.bits,
             group,
             weight.dtype,
+            scheme.dynamic,
         )
         notes = {"obq_loss": loss, "damp": factor.damping, "dead_inputs": factor.dead}
         return Quantized(made, notes, factor.fallback)

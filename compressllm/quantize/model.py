@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from compressllm.calibration.walker import Block, WalkOptions, walk_blocks
 from compressllm.calibration.windows import windows_for
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.detect import find_sparsity, pattern_of
-from compressllm.core.errors import CalibrationError, FormatError, RecipeError
+from compressllm.core.errors import CalibrationError, FormatError, RecipeError, UnsupportedModelError
 from compressllm.core.layererror import relative_error
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern
@@ -29,7 +30,9 @@ from compressllm.models.bundle import Bundle
 from compressllm.models.journal import Rows
 from compressllm.models.quantizedrecord import QuantizedRecord
 from compressllm.models.tensornames import tensor_names
+from compressllm.quantize.awq import AWQScale
 from compressllm.quantize.config import QuantizeConfig
+from compressllm.quantize.folds import Folds
 
 
 def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Run | None = None) -> Bundle:
@@ -51,7 +54,12 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
         raise FormatError(f"{bundle.checkpoint.folder}: is quantised already; start from what it was made from")
     bundle = _with_masks(bundle, run)
     quantizer, scheme = build(QUANTIZERS, config.method), parse_scheme(config.scheme)
-    names = to_quantize(bundle.model, config.skip)
+    folds = None
+    if isinstance(quantizer, AWQScale):
+        if config.order == "sequential":
+            raise RecipeError("order: awq-scale changes what linears are given before any is quantised; use parallel")
+        folds = Folds(bundle.model)
+    names = to_quantize(bundle.model, config.skip, scheme)
     windows = windows_for(bundle, config.calibration, run) if quantizer.needs else None
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, bundle.stored_dtype, device)
@@ -67,7 +75,11 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
     blocks = walk_blocks(bundle.model, windows.ids if windows else None, record.weights, options, start=record.done)
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "quantising"):
         planned = [name for name in block.linears if name in names]
-        record.finish(block.name, _quantize_block(block, planned, bundle, quantizer, scheme, config.order, record, run))
+        rescale = None
+        if folds is not None and isinstance(quantizer, AWQScale):
+            rescale = partial(quantizer.rescale_, block, planned, folds, bundle.masks, scheme, record.weights)
+        rows = _quantize_block(block, planned, bundle, quantizer, scheme, config.order, record, run, rescale)
+        record.finish(block.name, rows)
     quantized = record.close()
     for row in record.rows:
         run.log(**row)
@@ -85,15 +97,24 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
     return quantized
 
 
-def to_quantize(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
-    """Names of the linears to quantise, front to back. Raises RecipeError for a glob that matches nothing."""
-    names = list(all_linears(model))
+def to_quantize(model: PreTrainedModel, skip: Sequence[str], scheme: Scheme) -> list[str]:
+    """Names of the linears to quantise, front to back.
+
+    Raises: RecipeError for a glob that matches nothing; UnsupportedModelError for a linear that cannot run the scheme.
+    """
+    linears = all_linears(model)
+    names = list(linears)
     for glob in skip:
         if not any(fnmatchcase(name, glob) for name in names):
             raise RecipeError(f"skip: {glob!r} matches no linear; names look like {names[0]}")
     left = [name for name in names if not any(fnmatchcase(name, glob) for glob in skip)]
     if not left:
         raise RecipeError("skip: leaves no linear to quantise")
+    if scheme.dynamic and (other := next((linears[name] for name in left if linears[name].form), None)):
+        raise UnsupportedModelError(
+            f"{other.name}: is {other.form}; {scheme} rounds the inputs of nn.Linears only, use "
+            f"{replace(scheme, dynamic=False)}"
+        )
     return left
 
 
@@ -120,13 +141,19 @@ def _quantize_block(
     order: str,
     record: QuantizedRecord,
     run: Run,
+    rescale: Callable[[dict[str, InputStats]], Mapping[str, Any]] | None,
 ) -> Rows:
-    """Quantise the named linears of a block into the record; a row of facts for each."""
+    """Quantise the named linears of a block into the record; a row of facts for each.
+
+    Args:
+        rescale: Changes the block and its statistics first; gives what rows are to say of it.
+    """
     weights, rows = record.weights, Rows()
     for name in names:
         if not weights.read(f"{name}.weight").isfinite().all():  # or the activations would be blamed
             raise FormatError(f"{name}.weight: holds values that are not finite")
     for stats in block.collect_in_turn(quantizer.needs) if order == "sequential" else (block.collect(quantizer.needs),):
+        told = rescale(stats) if rescale else {}
         for name in [name for name in names if name in stats]:
             seen = stats.pop(name)
             weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
@@ -134,7 +161,7 @@ def _quantize_block(
             if lost := int(((weight != 0) & ~keep).count_nonzero()):
                 raise FormatError(f"{name}: holds {lost} weights that are not zero where its mask prunes")
             made = _solved(name, weight, keep, seen, quantizer, scheme)
-            rows.append(_row(name, weight, made, seen))
+            rows.append({**_row(name, weight, made, seen), **told.get(name, {})})
             record.quantize_(name, made.weight)
             if fallback := rows[-1].get("fallback"):
                 run.warn(f"{name}: {fallback}")

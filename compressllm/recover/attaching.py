@@ -11,10 +11,15 @@ import torch
 from compressllm.core.errors import PatternError, RecipeError, UnsupportedModelError
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import NM, Unstructured
+from compressllm.core.scheme import parse_scheme
+from compressllm.models.blocks import all_linears
+from compressllm.models.bundle import Bundle
+from compressllm.models.tensornames import tensor_names
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.deferred import Deferred
 from compressllm.recover.held import Held
 from compressllm.recover.masking import Adaptive, MaskedWeight, Masking
+from compressllm.recover.rounded import Rounded
 from compressllm.recover.schedules import annealed_decay, gradual_sparsity, mask_decay, structure_decay
 from compressllm.recover.sharding import Sharding
 from compressllm.recover.tightening import Gradual, MaskDecay, StructureDecay
@@ -23,7 +28,9 @@ from compressllm.recover.tightening import Gradual, MaskDecay, StructureDecay
 _LEFT: Final = 0.01
 
 
-def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding) -> Masking:
+def make_masking(
+    bundle: Bundle, held: Held, shapes: Mapping[str, torch.Size], config: RecoverConfig, sharding: Sharding
+) -> Masking:
     """The masking that settings name, of those held weights that are trained.
 
     Args:
@@ -32,6 +39,9 @@ def make_masking(held: Held, shapes: Mapping[str, torch.Size], config: RecoverCo
     Raises: UnsupportedModelError, RecipeError if masks are to move that cannot.
     """
     weights = _masked_weights(held, shapes, sharding)
+    if config.quantize is not None:
+        weights, stored = _to_round(bundle, weights, shapes, sharding)
+        return Rounded(weights, parse_scheme(config.quantize), stored)
     if config.masking in ("fixed", "none"):
         return Masking(weights)
     for name, linear in held.linears.items():
@@ -103,6 +113,23 @@ def final_masks(held: Held, masking: Masking, shapes: Mapping[str, torch.Size], 
         whole = sharding.whole(one.keep, shapes[linear.parameter]).cpu()
         masks[name] = (whole.T if one.transposed else whole).contiguous()
     return masks
+
+
+def _to_round(
+    bundle: Bundle, weights: dict[str, MaskedWeight], shapes: Mapping[str, torch.Size], sharding: Sharding
+) -> tuple[dict[str, MaskedWeight], dict[str, torch.dtype]]:
+    """Every prunable weight, one that no mask is of with a mask that keeps all; and the dtypes they are stored in."""
+    stored = tensor_names(bundle.model, bundle.checkpoint) if bundle.checkpoint else {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name, linear in all_linears(bundle.model).items():
+        if linear.parameter not in shapes:  # frozen: what is not trained stays as it is
+            continue
+        specs = bundle.checkpoint.specs if bundle.checkpoint else {}
+        dtypes[linear.parameter] = specs[stored[f"{name}.weight"]].dtype if specs else linear.weight.dtype
+        if linear.parameter not in weights:
+            every = torch.ones(shapes[linear.parameter], dtype=torch.bool, device=sharding.device)
+            weights[linear.parameter] = MaskedWeight(every, Unstructured(0.0), linear.transposed)
+    return weights, dtypes
 
 
 def _masked_weights(held: Held, shapes: Mapping[str, torch.Size], sharding: Sharding) -> dict[str, MaskedWeight]:

@@ -11,6 +11,7 @@ from compressllm.core.config import Config, Device, Pattern
 from compressllm.core.errors import CompressError
 from compressllm.core.protocols import ADAPTERS
 from compressllm.core.registry import Spec, build
+from compressllm.core.scheme import SchemeName, parse_scheme
 from compressllm.recover.losses import LossWeights
 from compressllm.recover.records import RecordConfig
 from compressllm.recover.schedules import learning_rate
@@ -107,6 +108,9 @@ class RecoverConfig(Config):
     """Steps between two choices of the masks, where they move."""
     freeze: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps, the last ones, in which masks do not move any more."""
+    quantize: SchemeName | None = None
+    """Train with weights rounded to a scheme, int4-g128 say, and straight-through gradients; quantize with rtn and the
+    same scheme makes of the result what was trained."""
     train: str | dict[str, dict[str, Any] | None] = "all"
     """What trains: all parameters, or an adapter from `compressllm list adapters`, or {name: {option: value}}."""
     frozen: tuple[str, ...] = ()
@@ -151,6 +155,14 @@ class RecoverConfig(Config):
             raise ValueError(f"train: {self.train} holds masks as they are; masking {self.masking} needs train: all")
         if self.masking == "none" and (self.pattern is not None or self.slorb or self.train != "all"):
             raise ValueError("masking none: trains a dense model as it is; leave pattern, slorb and train out")
+        if self.quantize is not None:
+            whole = self.train == "all" and not self.slorb and self.sharding == "replicated"
+            if self.masking not in ("fixed", "none") or not whole:
+                raise ValueError(
+                    "quantize: rounds whole weights under masks that stay; leave masking, train, slorb and sharding out"
+                )
+            if parse_scheme(self.quantize).dynamic:
+                raise ValueError(f"quantize: {self.quantize} is trained by its weights alone; give it without -dynamic")
         if self.slorb and (self.train != "all" or self.sharding != "replicated"):
             raise ValueError("slorb: its branches train beside whole weights; leave train and sharding out")
         if self.train != "all" and self.frozen:

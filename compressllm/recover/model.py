@@ -59,7 +59,7 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
         weights, config.teacher, bundle, model, device, dtype, cached=cached, rows=data.train, run=run,
         sharding=sharding, paper_exact=config.paper_exact,
     )  # fmt: skip
-    masking = make_masking(held, trainee.shapes, config, sharding)
+    masking = make_masking(bundle, held, trainee.shapes, config, sharding)
     optimizer = Optimizer(trainee.local(), masking, config.betas, config.weight_decay)
     trainee.take_stored_(optimizer)
     fingerprint = {

@@ -38,7 +38,7 @@ class Optimizer:
         moving = set(masking.weights) if masking.moves else set()
         self.weights: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            alone = parameter.dtype != torch.float32 or (name in moving and masking.apart)
+            alone = parameter.dtype != torch.float32 or (name in masking.weights and masking.apart)
             self.weights[name] = parameter.to(torch.float32, copy=True) if alone else parameter
         # Scales are trained like parameters, though the model has none of that name.
         self._scaled = moving if masking.scales else set()
@@ -50,10 +50,9 @@ class Optimizer:
         self.second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self._moving = [name for name in self.weights if name in moving]
         self._plain = [name for name in self.weights if name not in moving]
-        self._apart = [
-            [name for name in names if self.weights[name] is not self._parameters.get(name, self.weights[name])]
-            for names in (self._moving, self._plain)
-        ]
+        apart = [n for n, weight in self.weights.items() if weight is not self._parameters.get(n, weight)]
+        made = moving | (set(masking.weights) if masking.apart else set())  # from the weight by the masking
+        self._apart = [name for name in apart if name in made], [name for name in apart if name not in made]
         self._adamw = self._ordinary_adamw()
         masking.begin_(self.weights)
         self.write_()
@@ -96,8 +95,8 @@ class Optimizer:
 
     def write_(self) -> None:
         """Write the parameters from the weights behind them, where these are not the same tensor."""
-        moving, plain = self._apart
-        for name in moving:
+        made, plain = self._apart
+        for name in made:
             self._parameters[name].copy_(self._masking.forward_weight(name, self.effective(name), self.steps))
         if plain:
             torch._foreach_copy_([self._parameters[name] for name in plain], [self.weights[name] for name in plain])

@@ -10,7 +10,8 @@ from compressllm.core.errors import FormatError
 from compressllm.core.run import Run
 from compressllm.export.config import ExportConfig
 from compressllm.export.modelcard import CARD, write_card
-from compressllm.export.writer import export_model, exported_sizes
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.writer import export_model
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.seal import seal

@@ -99,9 +99,11 @@ def _quantize(bundle: Bundle, config: QuantizeConfig, run: Run) -> Bundle:
 
 
 def _plan_quantize(bundle: Bundle, config: QuantizeConfig) -> str:
+    from compressllm.core.scheme import parse_scheme
     from compressllm.quantize.model import to_quantize
 
-    return f"{config.method}, {len(to_quantize(bundle.model, config.skip))} linears to {config.scheme}"
+    linears = to_quantize(bundle.model, config.skip, parse_scheme(config.scheme))
+    return f"{config.method}, {len(linears)} linears to {config.scheme}"
 
 
 def _contextual(bundle: Bundle, config: ContextualConfig, run: Run) -> Bundle:

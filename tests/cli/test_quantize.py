@@ -57,3 +57,20 @@ def test_wrong_names_get_a_suggestion(cli: Callable, tiny: str, tmp_path: Path) 
     wrong = cli("quantize", tiny, tmp_path / "out", "--scheme", "int5")
     assert wrong.code == 2
     assert "int4-g128" in wrong.err
+
+
+def test_for_compressed_tensors_and_back(cli: Callable, pruned: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = cli("quantize", pruned, out, "--scheme", "int8-dynamic", "--method", "rtn", "--format", "compressed-tensors")
+    assert made.code == 0, made.err
+    config = json.loads((out / "model" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    assert cli("verify", out, "--pattern", "2:4").code == 0
+    assert {row["scheme"] for row in cli("inspect", out, "--json").json["linears"]} == {"int8-dynamic"}
+    plain = cli("eval", pruned, "--data", text, *EVAL, "--json").json["perplexity"]
+    measured = cli("eval", out, "--data", text, *EVAL, "--backend", "dense", "--json").json["perplexity"]
+    assert measured == pytest.approx(plain, rel=0.02)
+    assert measured != plain
+    wrong = cli("export", pruned, tmp_path / "plain", "--format", "compressed-tensors")
+    assert wrong.code == 2
+    assert "run `compressllm quantize` first" in wrong.err

@@ -50,3 +50,18 @@ def test_powers_of_two_and_the_largest_code_fit():
 def test_what_float16_cannot_scale_is_refused(name, value):
     with pytest.raises(FormatError, match=r"not finite; scales of .* are float16"):
         parse_scheme(name).scale(torch.tensor([[1.0, value]]))
+
+
+@pytest.mark.parametrize(("name", "largest"), [("int8-dynamic", 127.0), ("fp8-dynamic", 448.0)])
+def test_each_token_is_rounded_by_a_scale_of_its_own(name, largest):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16) * torch.tensor([1.0, 1e-3, 1e3])[:, None]
+    x[1, 1] = 0.0
+    rounded = parse_scheme(name).round_tokens(x)
+    for token, left in zip(x.flatten(0, 1), rounded.flatten(0, 1), strict=True):
+        scale = token.abs().max().item() / largest or 1.0
+        for value, got in zip(token.tolist(), left.tolist(), strict=True):
+            scaled = torch.tensor(value / scale)
+            code = scaled.round() if largest == 127.0 else scaled.to(torch.float8_e4m3fn).float()
+            assert got == pytest.approx(code.item() * scale, rel=1e-6, abs=1e-12)
+    assert parse_scheme(name).round_tokens(x.bfloat16()).dtype == torch.bfloat16

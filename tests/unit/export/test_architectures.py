@@ -13,7 +13,8 @@ from compressllm.core.errors import FormatError
 from compressllm.core.masks import raw
 from compressllm.core.run import Run
 from compressllm.eval.config import EvalConfig
-from compressllm.export.writer import export_model, exported_sizes
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.writer import export_model
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import open_bundle
 from compressllm.models.checkpoint import Checkpoint

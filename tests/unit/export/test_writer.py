@@ -12,7 +12,8 @@ from compressllm.core.errors import FormatError, RecipeError, UnsupportedModelEr
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM
 from compressllm.export import writer
-from compressllm.export.writer import export_model, exported_sizes
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.writer import export_model
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
 from compressllm.models.facts import read_facts

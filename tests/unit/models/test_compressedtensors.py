@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from compressllm.core.errors import CompressError, FormatError
 from compressllm.core.masks import raw
 from compressllm.core.pattern import NM
-from compressllm.export.writer import export_model, exported_sizes
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.writer import export_model
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import open_bundle
 from compressllm.models.checkpoint import Checkpoint

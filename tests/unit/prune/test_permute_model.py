@@ -17,9 +17,9 @@ from compressllm.core.pattern import NM
 from compressllm.core.run import Run
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle, open_bundle
+from compressllm.models.channels import Channels, Found, find_channels
 from compressllm.models.shards import file_sha256
 from compressllm.prune import permute, sameness
-from compressllm.prune.channels import Channels, Found, find_channels
 from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.prune.fold import Folds
 from compressllm.prune.model import prune_model

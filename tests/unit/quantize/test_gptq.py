@@ -27,7 +27,7 @@ def slowly(weight: Tensor, keep: Tensor, hessian: Tensor, largest: int, group: i
     for column in range(columns):
         if column % group == 0:
             its = (work * keep)[:, column : column + group]
-            scale = (its.abs().amax(1) / largest).half().double()
+            scale = (its.abs().amax(1) / largest).bfloat16().half().double()
         code = (work[:, column] / scale).round().clamp(-largest, largest) * keep[:, column]
         made[:, column] = code * scale
         inverse = torch.linalg.inv(hessian[column:, column:])

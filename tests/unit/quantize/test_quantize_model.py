@@ -20,7 +20,8 @@ from compressllm.core.scheme import parse_scheme
 from compressllm.core.stats import InputStats
 from compressllm.eval.config import EvalConfig
 from compressllm.export.hf import PackedConfig  # registers our loader
-from compressllm.export.writer import export_model, exported_sizes
+from compressllm.export.sizes import exported_sizes
+from compressllm.export.writer import export_model
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models import journal
 from compressllm.models.blocks import all_linears
@@ -54,21 +55,6 @@ FILES = ("model.packed.safetensors", "compressllm.json", "config.json")
 
 class KilledError(Exception):
     """Stands for a kill."""
-
-
-@pytest.fixture
-def ids(tmp_path: Path, windows: Tensor) -> str:
-    np.save(tmp_path / "ids.npy", windows.numpy())
-    return str(tmp_path / "ids.npy")
-
-
-@pytest.fixture
-def sparse(tiny_llama_folder: Path, tmp_path: Path) -> Path:
-    """The tiny Llama at 2:4 but for its output projections, which are dense."""
-    (tmp_path / "pruned").mkdir()
-    config = PruneConfig(method="magnitude", pattern="2:4", skip=("*.o_proj",))
-    prune_model(open_bundle(str(tiny_llama_folder)), config, Run(folder=tmp_path / "pruned"))
-    return tmp_path / "pruned" / "model"
 
 
 def quantize(folder: Path, into: Path, ids: str | None = None, **settings: Any) -> tuple[Bundle, Run]:

@@ -8,7 +8,7 @@ from transformers import BitNetConfig, FalconConfig, LlamaConfig, OPTConfig, Phi
 from compressllm.core.difference import relative_difference
 from compressllm.core.pattern import NM
 from compressllm.models.blocks import all_linears
-from compressllm.prune.channels import Channels, Scope, Slot, find_channels
+from compressllm.models.channels import Channels, Scope, Slot, find_channels
 from compressllm.prune.fold import Folds, sets_of
 
 SCOPES: list[tuple[Scope, ...]] = [("mlp",), ("attention",), ("residual",), ("mlp", "attention", "residual")]

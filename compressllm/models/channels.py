@@ -1,4 +1,4 @@
-"""Find the channels of a model that may be put in another order for free: where each lies in which tensors.
+"""Find the channels of a model that may be put in another order, or scaled, for free: where each lies in which tensors.
 
 Names give a hint, shapes must bear it out, and whatever else a module holds must be known to be indifferent to the
 order; what is not recognised is left alone. That the model still computes the same is then measured, not believed.
@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressllm.core.pattern import NM
@@ -39,6 +40,11 @@ class Slot:
     start: int = 0
     stride: int | None = None
     repeat: int = 1
+
+    def places(self, sets: int, size: int) -> Tensor:
+        """(sets, repeat, size) int64: where each channel lies along the axis."""
+        copies = torch.arange(sets * self.repeat).view(sets, self.repeat, 1)
+        return self.start + copies * (self.stride or size) + torch.arange(size)
 
 
 @dataclass(frozen=True)
