@@ -130,8 +130,8 @@ class SparseLinear(nn.Module):
         for part, tensor in self._backend.pack(weight, keep).items():
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
-        rounds_itself = self._backend.rounds_inputs and isinstance(weight, QuantizedWeight) and dense_from is None
-        self.rounds = scheme if scheme and scheme.dynamic and not rounds_itself else None
+        self.rounds = scheme if scheme and scheme.dynamic else None
+        self._backend_rounds = bool(self.rounds) and self._backend.rounds_inputs and isinstance(weight, QuantizedWeight)
         self.dense_from = dense_from
         dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
         self.register_buffer("dense", dense, persistent=False)
@@ -159,10 +159,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.rounds is not None:
+        many = self.dense_from is not None and x.numel() >= self.dense_from * self.in_features
+        if self.rounds is not None and (many or not self._backend_rounds):
             rounded = self.rounds.round_tokens(x.detach())
             x = x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
-        if self.dense is not None and self.dense_from is not None and x.numel() >= self.dense_from * self.in_features:
+        if self.dense is not None and many:
             return functional.linear(x, self.dense, self.bias)
         return self._backend.linear(x, self.packed, self.bias)
 

@@ -61,8 +61,8 @@ class Folds:
                 reasons[name] = self._left[name]
         left = []
         for fold in folds:
-            if lost := [name for name in fold.readers if name not in names]:
-                reasons |= dict.fromkeys(fold.readers, f"{lost[0]} is given the same inputs, and is not quantised")
+            if lost := [name for name in (*fold.readers, fold.into) if name in block.linears and name not in names]:
+                reasons |= dict.fromkeys(fold.readers, f"{lost[0]} would have to change, and is not quantised")
             else:
                 left.append(fold)
                 for name in fold.readers:

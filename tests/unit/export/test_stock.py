@@ -105,10 +105,10 @@ def test_the_folder_holds_the_same_weights_and_verifies(pruned: Path, tmp_path: 
     assert all(row.sound and row.scheme == scheme for row in rows)
     bits = parse_scheme(scheme).bits
     assert bits / 16 < exported_sizes(written).ratio < bits / 16 + 0.25  # scales of tiny rows
-    export_model(written, tmp_path / "dense", "dense")
-    dense = Checkpoint(tmp_path / "dense")
+    export_model(written, tmp_path / "plain", "dense")
+    dense = Checkpoint(tmp_path / "plain")
     assert all(torch.equal(raw(dense.read(name)), raw(written.read(name))) for name in source.specs)
-    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 def test_what_it_cannot_hold_is_refused(pruned: Path, tmp_path: Path) -> None:
