@@ -23,7 +23,8 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def write_card(folder: Path, facts: Facts, ratio: float, run: Mapping[str, Any] | None) -> None:
     """Write ``README.md`` with the metadata the Hugging Face hub reads.
 
-    Only what is known is said: there is no licence in it, and no base model unless the run names a hub id.
+    Only what is known is said: a licence if the source's card has one, a base model if the run names a hub id or that
+    card names one.
 
     Args:
         facts: Of the folder.
@@ -31,19 +32,25 @@ def write_card(folder: Path, facts: Facts, ratio: float, run: Mapping[str, Any] 
         run: Manifest of the run that made it, as far as it has got.
     """
     origin = str(run["model"]) if run else ""
-    patterns = Counter(str(pattern) for pattern in facts.patterns.values())
+    patterns = Counter(str(pattern) for pattern in facts.patterns.values() if pattern.sparsity)
+    schemes = Counter(facts.schemes.values())
     common = patterns.most_common(1)[0][0] if patterns else ""
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if _HUB_ID.fullmatch(origin.partition("@")[0]) and not Path(origin).exists():
         head["base_model"] = origin.partition("@")[0]
-    head["tags"] = ["compressllm", *(["pruned", "sparse", *sorted(patterns)[:4]] if patterns else [])]
+    elif base := facts.source.get("base_model"):
+        head["base_model"] = base
+    head |= {key: facts.source[key] for key in ("license", "license_name", "license_link") if key in facts.source}
+    kinds = [*(["pruned", "sparse", *sorted(patterns)[:4]] if patterns else []), *sorted(schemes)]
+    head["tags"] = ["compressllm", *kinds]
     name = head.get("base_model") or Path(origin).name or "A model"  # not where it lay on somebody's disk
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {name}{f', pruned to {common}' if len(patterns) == 1 else ', pruned' if patterns else ''}",
+        f"# {name}{f', pruned to {common}' if len(patterns) == 1 else ', pruned' if patterns else ''}"
+        + "".join(f", {scheme}" for scheme in sorted(schemes)),
         "",
         *_files(facts, ratio, patterns),
         *_made(run),
@@ -75,16 +82,20 @@ def run_of(folder: Path) -> dict[str, Any] | None:
 
 def _files(facts: Facts, ratio: float, patterns: Mapping[str, int]) -> Iterator[str]:
     yield f"- Written by compressllm {facts.written_by}, format `{facts.format}`"
+    if facts.schemes:
+        counts = Counter(facts.schemes.values())
+        yield f"- Weights rounded to {', '.join(f'{scheme} ({count} linears)' for scheme, count in counts.items())}"
     if patterns:
-        sizes = {name: linear.shape[0] * linear.shape[1] for name, linear in facts.linears.items()}
-        removed = sum(linear.pattern.sparsity * sizes[name] for name, linear in facts.linears.items())
+        sizes = {name: one.shape[0] * one.shape[1] for name, one in facts.linears.items() if one.pattern.sparsity}
+        removed = sum(facts.linears[name].pattern.sparsity * size for name, size in sizes.items())
         listed = ", ".join(f"{pattern} ({count})" for pattern, count in list(patterns.items())[:4])
         more = f" and {len(patterns) - 4} more" if len(patterns) > 4 else ""
         yield f"- Sparse linears: {len(sizes)}; patterns: {listed}{more}"
         yield f"- Weights removed from them: {removed / sum(sizes.values()):.2%}"
-        yield f"- Their size on disk: {ratio:.4f} of the dense one"
     else:
         yield "- No linear is sparse"
+    if facts.linears:
+        yield f"- Size of these linears on disk: {ratio:.4f} of the dense one"
     yield ""
 
 
@@ -103,7 +114,7 @@ def _made(run: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _settings(stage: Mapping[str, Any]) -> str:
-    wanted = ("method", "pattern", "masking", "losses", "max_tokens", "format")
+    wanted = ("method", "pattern", "masking", "losses", "max_tokens", "scheme", "format")
     config = stage["config"]
     found = [f"{key} {_word(config[key])}" for key in wanted if config.get(key) is not None]
     return ", ".join(found).replace("|", "\\|")

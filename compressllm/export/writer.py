@@ -95,7 +95,7 @@ def export_model(
                 for name, pattern in sparse.patterns.items()
             },
             masks_sha256=sparse.masks.sha256() if sparse.masks else None,
-            source=source.facts.source if source.facts else {},
+            source=source.origin,
         )
         facts.write(work)
         _write_side_files(source, work, facts)

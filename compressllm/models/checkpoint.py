@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,6 +25,7 @@ from compressllm.core.scheme import parse_scheme
 from compressllm.models.facts import FILE_NAME, Facts, read_facts
 from compressllm.models.shards import ShardReader
 from compressllm.models.sidefiles import SUFFIXES, check_side_files, inside, read_json
+from compressllm.models.sourcecard import card_facts
 from compressllm.models.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
 MASKS_NAME = "masks.safetensors"
@@ -88,6 +90,11 @@ class Checkpoint:
             raise FormatError(f"{path}: {first_line(error)}") from None
         except StrictDataclassError as error:  # only its second line says what is wrong
             raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the weights came from, as far as is known: what our facts of the folder say, and its model card."""
+        return {**card_facts(self.folder), **(self.facts.source if self.facts else {})}
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

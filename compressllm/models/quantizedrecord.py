@@ -110,7 +110,7 @@ class QuantizedRecord:
             variant=FORMAT,
             linears=self._facts,
             masks_sha256=self._masks.sha256(),
-            source={**(self._source.facts.source if self._source.facts else {}), "folder": self._source.folder.name},
+            source={**self._source.origin, "folder": self._source.folder.name},
             sha256={path.name: file_sha256(path) for path in sorted(work.glob("*.safetensors"))},
         )
         stamp_config(work, facts.format, facts.version, facts.variant, self._scheme)

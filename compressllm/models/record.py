@@ -201,7 +201,7 @@ def finish_sparse_folder(
             for name, linear in linears.items()
         },
         masks_sha256=masks.sha256(),
-        source={**(source.facts.source if source.facts else {}), "folder": source.folder.name},
+        source={**source.origin, "folder": source.folder.name},
         sha256={path.name: file_sha256(path) for path in files},
     ).write(folder)
 

@@ -95,7 +95,7 @@ def _fetch_from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
     try:
         folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:  # the hub client raises its own, its HTTP library's and OSErrors alike

@@ -137,7 +137,8 @@ class WrittenRefolded:
         self._out.finish()
         self._source.copy_side_files(self._work)
         sha256 = _write_permutations(self._folds.orders, self._work)
-        write_dense_facts(self._work, {"folder": self._source.folder.name, "permutations_sha256": sha256})
+        source = {**self._source.origin, "folder": self._source.folder.name, "permutations_sha256": sha256}
+        write_dense_facts(self._work, source)
         shutil.copyfile(self._work / PERMUTATIONS_NAME, self._folder / PERMUTATIONS_NAME)
         put_in_place(self._work, self._final)
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model), sha256

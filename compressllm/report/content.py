@@ -10,11 +10,12 @@ from compressllm.bench.plot import Bar, bars_svg
 from compressllm.report.layers import layer_sections
 from compressllm.report.record import RunRecord
 from compressllm.report.section import Picture, Section, Table
+from compressllm.report.selecting import selection_section
 from compressllm.report.summary import summary
+from compressllm.report.tradeoff import tradeoff_sections
 from compressllm.report.training import training_section
 from compressllm.report.wording import number, percent, size
 from compressllm.stages.curve import sweep_svg
-from compressllm.stages.selectionpictures import budget_svg, map_svg
 
 
 def report_title(record: RunRecord) -> str:
@@ -28,13 +29,17 @@ def sections_of(record: RunRecord) -> list[Section]:
     if record.sweep and record.sweep.get("points"):
         found.append(_sweep(record.sweep))
     found += layer_sections(record.stages)
+    found += tradeoff_sections(record.stages)
     found += [training_section(at + 1, record.stages[at], rows) for at, rows in record.training.items() if rows]
     found += [_bench(name, bench) for name, bench in record.benches.items()]
-    found += [_selection(name, selection) for name, selection in record.selections.items()]
+    found += [selection_section(name, selection) for name, selection in record.selections.items()]
     if warnings := [f"{stage['stage']}: {one}" for stage in record.stages for one in stage["warnings"]]:
         found.append(Section("Warnings", warnings))
     if record.recipe:
-        found.append(Section("Recipe", ["Every setting, defaults included."], code=record.recipe))
+        words = [
+            "Every setting, defaults included; `compressllm run FILE OUT` on the same versions does the same again."
+        ]
+        found.append(Section("Recipe", words, code=record.recipe))
     return [*found, *_hashes(record.stages), _environment(record.manifest.get("environment", {}))]
 
 
@@ -59,36 +64,30 @@ def _bench(name: str, bench: Mapping[str, Any]) -> Section:
     table = Table(
         f"Rows of {name}", [key.replace("_", " ") for key in keys], [[_listed(r.get(k)) for k in keys] for r in rows]
     )
-    pictures = []
-    if "decode_tokens_per_second" in rows[0]:
-        bars = []
-        for row in rows:
-            step, batch = row["seconds_per_step"], row["batch"]
-            ends = (batch / step["high"], batch / step["low"])
-            value = row["decode_tokens_per_second"]
-            bars.append(Bar(f"{row['backend']}, batch {batch}", value, *ends, row["backend"] == "dense"))
-        pictures.append(Picture(bars_svg(bars, "Decoding", "tokens a second"), wide=True))
+    title, unit, bars = _bars(bench)
+    pictures = [Picture(bars_svg(bars, title, unit), wide=True)] if bars else []
     words = [f"Made by: {bench['command']}."] if "command" in bench else []
     return Section(f"Speed: {name}", words, pictures=pictures, tables=[table])
 
 
-def _selection(name: str, selection: Mapping[str, Any]) -> Section:
-    clusters = selection["clusters"]
-    keys = [key for key in ("cluster", "records", "budget", "degradation", "phrases") if key in clusters[0]]
-    rows = [[_listed(cluster.get(key)) for key in keys] for cluster in clusters]
-    words = [f"{selection['budget']} records were chosen."] if "budget" in selection else []
-    table = Table("Clusters of prompts", keys, rows)
-    return Section(f"Training records: {name}", words, pictures=_selection_pictures(selection), tables=[table])
-
-
-def _selection_pictures(selection: Mapping[str, Any]) -> list[Picture]:
-    """Drawn anew from the numbers: a picture in a folder may be anybody's."""
-    drawn = selection.get("map")
-    if not isinstance(drawn, Mapping) or "degradation" not in selection["clusters"][0]:
-        return []
-    clusters = selection["clusters"]
-    pictures = [map_svg(drawn["places"], drawn["clusters"], clusters), budget_svg(clusters, selection["budget"])]
-    return [Picture(svg, wide=True) for svg in pictures]
+def _bars(bench: Mapping[str, Any]) -> tuple[str, str, list[Bar]]:
+    """Of whole models decoding, or of single linears with as few tokens as were measured; dense ones are pale."""
+    rows, dense = bench["rows"], bench.get("dense", [])
+    bars = []
+    if "decode_tokens_per_second" in rows[0]:
+        for row in rows:
+            step, batch = row["seconds_per_step"], row["batch"]
+            ends, value = (batch / step["high"], batch / step["low"]), row["decode_tokens_per_second"]
+            bars.append(Bar(f"{row['backend']}, batch {batch}", value, *ends, row["backend"] == "dense"))
+        return "Decoding", "tokens a second", bars
+    linears = [row for row in [*rows, *dense] if {"shape", "tokens", "format", "backend", "speedup"} <= row.keys()]
+    fewest = min((row["tokens"] for row in linears), default=0)
+    for row in sorted(linears, key=lambda row: row["shape"]):
+        if row["tokens"] == fewest:
+            label = f"{'x'.join(map(str, row['shape']))} {row['format']} {row['backend']}"
+            value = row["speedup"]
+            bars.append(Bar(label, value, value, value, row in dense))
+    return f"Single linears, tokens at a time: {fewest}", "times as fast as torch's bfloat16 linear", bars
 
 
 def _listed(value: Any) -> str:

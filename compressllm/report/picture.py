@@ -52,8 +52,8 @@ def lines_svg(curves: Sequence[Curve], title: str, across: str) -> str:
         parts += [line("grid", _LEFT, at, _WIDTH - _RIGHT, at), text(_LEFT - 6, at + 4, f"{value:g}", "end", "small")]
     parts += [
         line("axis", _LEFT, base, _WIDTH - _RIGHT, base),
-        text(_LEFT, base + 15, f"{left:g}", "start", "small"),
-        text(_WIDTH - _RIGHT, base + 15, f"{right:g}", "end", "small"),
+        text(_LEFT, base + 15, f"{left:.4g}", "start", "small"),
+        text(_WIDTH - _RIGHT, base + 15, f"{right:.4g}", "end", "small"),
         text((_LEFT + _WIDTH - _RIGHT) / 2, base + 15, across, "middle", "small"),
     ]
     key = float(_LEFT)

@@ -52,6 +52,8 @@ def _cards(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
         )
         if before:
             cards.append(("Change in perplexity", f"{measured[-1]['perplexity'] / before['perplexity'] - 1:+.2%}"))
+    if schemes := [one["scheme"] for one in metrics if "scheme" in one]:
+        cards.append(("Weights rounded to", schemes[-1]))
     sparse = [one["sparsity"] for one in metrics if "sparsity" in one]
     if sparse:
         cards.append(("Sparsity of pruned linears", percent(sparse[-1])))

@@ -52,9 +52,13 @@ def method(spec: Any) -> str:
 
 def stage_title(stage: Mapping[str, Any]) -> str:
     """A stage with what tells it from another of its kind."""
-    config = stage["config"]
-    if stage["stage"] == "prune":
+    name, config = stage["stage"], stage["config"]
+    if name == "prune":
         return f"prune: {method(config['method'])}, {config['pattern']}"
-    if stage["stage"] == "recover":
+    if name == "recover":
         return f"recover: {config['masking']} masks, {config['losses']}"
-    return f"export: {config['format']}" if stage["stage"] == "export" else str(stage["stage"])
+    if name == "quantize":
+        return f"quantize: {method(config['method'])}, {config['scheme']}"
+    if name == "contextual":
+        return f"contextual: {method(config['selector'])}"
+    return f"export: {config['format']}" if name == "export" else str(name)

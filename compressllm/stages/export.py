@@ -39,9 +39,12 @@ def export_stage(bundle: Bundle, config: ExportConfig, run: Run) -> Bundle:
 
 
 def complete_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the model card of an export again, with what the run's later stages measured; other folders have none."""
-    if (folder / CARD).exists():
+    """Write the model card of what a run ships, with all that the run measured.
+
+    That is of an export, which had one already, and of a packed model; other folders have none.
+    """
+    if folder.is_dir():
         checkpoint = Checkpoint(folder)
-        if checkpoint.facts:
+        if checkpoint.facts and (checkpoint.facts.variant or (folder / CARD).exists()):
             write_card(folder, checkpoint.facts, exported_sizes(checkpoint).ratio, manifest)
             seal(folder, checkpoint.facts.sha256)

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from compressllm.export.modelcard import run_of, write_card
 from compressllm.models.facts import Facts, LinearFacts
+from compressllm.models.sourcecard import card_facts
 
 PRUNE = {"stage": "prune", "config": {"method": {"wanda": {}}, "pattern": "2:4"}, "metrics": {}}
 EVAL = {"stage": "eval", "config": {}, "metrics": {"perplexity": 9.5, "protocol": "some text"}}
@@ -74,3 +76,37 @@ def test_the_run_a_folder_lies_in_is_found(tmp_path: Path) -> None:
     for other in ("half of a f", "[]", "{}"):
         (tmp_path / "manifest.json").write_text(other)
         assert run_of(tmp_path / "model") is None
+
+
+def test_licence_and_base_model_of_the_source_are_passed_on(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: gemma\nbase_model: [org/base]\ntags: [x]\nevil: 1\n---\n# Model\n---\n"
+    )
+    told = card_facts(source)
+    assert told == {"license": "other", "license_name": "gemma", "base_model": "org/base"}
+    head, _ = card(tmp_path, facts(source=told), 0.5625, None)
+    assert (head["license"], head["license_name"], head["base_model"]) == ("other", "gemma", "org/base")
+    head, _ = card(tmp_path, facts(source=told), 0.5625, {"model": "org/named", "stages": []})
+    assert head["base_model"] == "org/named"
+    assert card_facts(tmp_path)["license"] == "other"  # so that what is made of our own output has it too
+
+
+@pytest.mark.parametrize("text", ["# no metadata", "---\n- a list\n---\n", "---\n{\n---\n", "---\nlicense: 3\n---\n"])
+def test_cards_that_say_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert card_facts(tmp_path) == {}
+    assert card_facts(tmp_path / "none") == {}
+
+
+def test_quantised_models_say_so(tmp_path: Path) -> None:
+    linears = {
+        "a": LinearFacts(pattern="2:4", shape=(8, 8), scheme="int4-g128"),
+        "b": LinearFacts(pattern="0.0", shape=(16, 8), scheme="int4-g128"),
+    }
+    head, body = card(tmp_path, facts(linears=linears), 0.195, {"model": "org/a", "stages": []})
+    assert head["tags"] == ["compressllm", "pruned", "sparse", "2:4", "int4-g128"]
+    assert "# org/a, pruned to 2:4, int4-g128\n" in body
+    assert "rounded to int4-g128 (2 linears)" in body
+    assert "Sparse linears: 1; patterns: 2:4 (1)" in body

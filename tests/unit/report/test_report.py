@@ -108,9 +108,71 @@ def test_markdown_has_the_same_tables(run_folder):
     assert len(set(widths[:20])) == 1
 
 
+CLUSTERS = [
+    {"cluster": at, "records": 9, "budget": 3 + at, "degradation": 0.01 * at, "phrases": [f"sorting <{at}>", "lists"]}
+    for at in range(2)
+]
+
+
+def test_a_choice_of_records_has_its_map_and_its_budget(run_folder):
+    places = {"places": [[0.1, 0.2], [0.3, 0.9], [0.5, 0.5]], "clusters": [0, 1, 1]}
+    report = {"clusters": CLUSTERS, "budget": 7, "map": places}
+    (run_folder / "chosen.report.json").write_text(json.dumps(report))
+    html, page = page_of(run_folder)
+    section = next(one for one in sections_of(read_run(run_folder)) if one.title.startswith("Training records"))
+    drawn, budget = (ElementTree.fromstring(picture.svg) for picture in section.pictures)
+    points = [one for one in drawn.iter("{http://www.w3.org/2000/svg}circle") if one.get("r") == "2.2"]
+    assert len(points) == 3
+    assert points[0].get("fill") != points[1].get("fill") == points[2].get("fill")  # by degradation
+    assert "4 of 9 (44%), 0.0100" in "".join(budget.itertext())
+    assert "sorting <1>, lists" in " ".join(page.words)
+    assert "<1>" not in html
+
+
+def tradeoff(kind: str, density: float, **more) -> dict:
+    row = {"kind": kind, "density": density, "effective_density": density, "quality": density, "similarity": density}
+    return row | {"exact_match": None, "advance_length": None, "speed_ratio": 2 - density, "perplexity": None} | more
+
+
+def test_contextual_curves_end_in_the_dense_model(run_folder):
+    path = run_folder / "manifest.json"
+    found = json.loads(path.read_text())
+    rows = [
+        tradeoff("dense", 1.0, quality=0.9, perplexity=5.0),
+        tradeoff("sparse", 0.5, perplexity=8.0),
+        tradeoff("sparse", 0.25, perplexity=20.0),
+        tradeoff("corrected", 0.5, effective_density=0.7, quality=0.85, advance_length=9.5),
+    ]
+    stage = {"stage": "contextual", "config": {"selector": {"griffin": {}}}, "metrics": {"tradeoff": rows, "rule": "r"}}
+    found["stages"].append(found["stages"][0] | stage)
+    path.write_text(json.dumps(found))
+    section = next(one for one in sections_of(read_run(run_folder)) if one.title.startswith("Few neurons"))
+    assert section.title == "Few neurons a token, stage 6: contextual: griffin"
+    assert len(section.pictures) == 4  # quality, likeness, perplexity, speed
+    quality, _, perplexity, _ = (ElementTree.fromstring(picture.svg) for picture in section.pictures)
+    assert [len(line.get("points").split()) for line in quality.iter("polyline")] == [3, 2]  # sparse and corrected
+    assert len(list(perplexity.iter("polyline"))) == 1
+    assert len(section.tables[0].rows) == 4
+    assert "exact match" not in section.tables[0].header  # of which nothing is known
+
+
+def test_quantising_is_told(run_folder):
+    path = run_folder / "manifest.json"
+    found = json.loads(path.read_text())
+    rows = [{"linear": f"model.layers.{at}.mlp.up_proj", "tokens": 9, "error": 0.01 * (at + 1)} for at in range(3)]
+    stage = {"stage": "quantize", "config": {"method": "gptq", "scheme": "int4-g128"}, "linears": rows}
+    found["stages"].append(found["stages"][0] | stage | {"metrics": {"scheme": "int4-g128", "linears": 3}})
+    path.write_text(json.dumps(found))
+    sections = sections_of(read_run(run_folder))
+    section = next(one for one in sections if one.title == "Layers, stage 6: quantize: gptq, int4-g128")
+    assert "block 2, up_proj: 0.03" in section.pictures[0].svg
+    assert ("Weights rounded to", "int4-g128") in sections[0].cards
+
+
 def test_sweeps_benches_and_selections_are_shown(run_folder, sweep, tmp_path):
     results = Path(__file__).parents[3] / "benchmarks" / "results" / "bench_smollm2_135m.json"
     shutil.copy(results, run_folder / "bench.json")
+    shutil.copy(results.with_name("kernels_cpu.json"), run_folder / "linears.json")
     (run_folder / "chosen.report.json").write_text(
         json.dumps({"clusters": [{"cluster": 0, "records": 9, "phrases": ["sorting", "lists"]}], "budget": 5})
     )
@@ -123,6 +185,7 @@ def test_sweeps_benches_and_selections_are_shown(run_folder, sweep, tmp_path):
     for wanted in (
         "Knee by loss: 0.3, 30 % removed",
         "tokens a second",
+        "4096x4096 int4 native",
         "sorting, lists",
         "5 records were chosen",
         "4 of 7 (57%)",
