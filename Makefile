@@ -7,12 +7,13 @@ WHEEL_ENV ?= build/wheel-env
 AUDIT_ENV ?= build/audit-env
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu check format regress bench bench-cpu bench-gpu wheel wheel-demo audit clean
+.PHONY: demo test test-gpu check format regress bench bench-cpu bench-gpu docs wheel wheel-demo audit clean
 
-demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure
+demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load it back, generate, measure, report
 	$(BIN)/compressllm run demo $(OUT)
 	$(BIN)/compressllm verify $(OUT) --pattern 2:4
 	$(BIN)/compressllm generate $(OUT) --prompt "The capital of France is" --max-new-tokens 32
+	$(BIN)/compressllm report $(OUT) --html $(OUT)/report.html
 
 test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
 	$(BIN)/python -m pytest
@@ -62,8 +63,11 @@ audit: ## known vulnerabilities of the pinned dependencies
 	$(PYTHON) -m venv $(AUDIT_ENV) && $(AUDIT_ENV)/bin/pip install -q pip-audit
 	$(AUDIT_ENV)/bin/pip-audit --requirement constraints.txt
 
+docs: $(VENV)/docs.stamp ## the documentation as a site, in site/; warnings are errors
+	$(BIN)/mkdocs build --strict
+
 clean: ## remove the environment and the demo's output
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) site
 
 $(VENV)/install.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -78,4 +82,10 @@ $(VENV)/demo.stamp: $(VENV)/install.stamp
 
 $(VENV)/dev.stamp: $(VENV)/install.stamp
 	$(PIP) install -q -e ".[dev]" -c constraints.txt
+	touch $@
+
+# On its own: a site needs neither torch nor the package.
+$(VENV)/docs.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q mkdocs-material -c constraints.txt
 	touch $@
