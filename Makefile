@@ -64,7 +64,7 @@ audit: ## known vulnerabilities of the pinned dependencies
 	$(AUDIT_ENV)/bin/pip-audit --requirement constraints.txt
 
 docs: $(VENV)/docs.stamp ## the documentation as a site, in site/; warnings are errors
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) $(OUT) site
@@ -87,5 +87,5 @@ $(VENV)/dev.stamp: $(VENV)/install.stamp
 # On its own: a site needs neither torch nor the package.
 $(VENV)/docs.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q mkdocs-material -c constraints.txt
+	$(PIP) install -q "mkdocs-material<10" -c constraints.txt
 	touch $@
