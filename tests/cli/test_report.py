@@ -60,6 +60,8 @@ def test_from_a_run_to_its_page_its_card_and_a_gate(
     assert better.json["rows"][1]["verdict"] == "passed"
     assert better.json["rows"][1]["rise"]["high"] < 0
     assert "::" not in better.err
+    assert cli("report", run, "--md", tmp_path / "beside.md", "--against", before).code == 0
+    assert f"| {sparse['perplexity'] / dense['perplexity'] - 1:+.2%} |" in (tmp_path / "beside.md").read_text()
     table = cli("compare", before, run)
     assert table.code == 0
     assert f"{sparse['perplexity'] / dense['perplexity'] - 1:+.2%}" in table.out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from compressllm.core.errors import CompressError
+from compressllm.report.beside import beside_section
 from compressllm.report.ci import github_lines, judgements, to_junit
 from compressllm.report.compare import compare
 from compressllm.report.contender import Contender, read_contender
@@ -99,6 +100,20 @@ def test_files_that_hold_none(tmp_path, text, message):
         read_contender(str(tmp_path / "none.json"))
     with pytest.raises(CompressError, match="is no run folder"):
         read_contender(str(tmp_path))
+
+
+def test_a_section_shows_the_same(measured):
+    found = compare([measured("a"), measured("b", 0.03, 0.01)])
+    section = beside_section(found)
+    first, second = section.tables[0].rows
+    assert first[:4] == ["a", f"{found.lines[0].perplexity:.4g}", "", ""]
+    assert second[2] == f"{found.lines[1].rise.value:+.2%}"
+    assert second[3] == f"{found.lines[1].rise.low:+.2%} to {found.lines[1].rise.high:+.2%}"
+    bars = [
+        one for one in ElementTree.fromstring(section.pictures[0].svg).iter() if one.get("class") in {"bar", "rival"}
+    ]
+    widths = [float(bar.get("width")) for bar in bars]
+    assert widths[1] / widths[0] == pytest.approx(1.03, rel=1e-3)
 
 
 def test_junit_is_read_by_an_xml_parser(measured):
