@@ -20,7 +20,21 @@ def beside_section(comparison: Comparison) -> Section:
     table = Table(
         f"Bounds hold with {comparison.confidence:.0%} each", _HEADER, [_row(one) for one in comparison.lines]
     )
-    return Section("Beside other runs", [*words, *comparison.warnings], pictures=pictures, tables=[table])
+    tables = [table, _accuracies(comparison)] if first.accuracies else [table]
+    return Section("Beside other runs", [*words, *comparison.warnings], pictures=pictures, tables=tables)
+
+
+def _accuracies(comparison: Comparison) -> Table:
+    """A row a task and run, in percent and points of it."""
+    rows = []
+    for line in comparison.lines:
+        for one in line.accuracies:
+            error = f" ± {100 * one.stderr:.2f}" if one.stderr is not None else ""
+            change = f"{-100 * one.drop.value:+.2f}" if one.drop else ""
+            bounds = f"{-100 * one.drop.high:+.2f} to {-100 * one.drop.low:+.2f}" if one.drop else ""
+            task = f"{one.task} {one.metric}".rstrip()
+            rows.append((task, line.name, f"{100 * one.value:.2f}{error}", change, bounds))
+    return Table("Accuracies, in percent", ("task", "run", "accuracy", "change", "bounds"), rows)
 
 
 def _row(line: Line) -> list[str]:

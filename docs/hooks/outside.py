@@ -26,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between ``docs`` and its surroundings into links within the site; one to nowhere stays, and is told."""
+    """Turn links between ``docs`` and its surroundings into links within the site; one to nowhere stays and fails."""
     uri = page.file.src_uri
     inside = Path(str(page.file.abs_src_path)).is_relative_to(config.docs_dir)
     here = posixpath.dirname(posixpath.join("docs", uri) if inside else uri)
