@@ -1,15 +1,18 @@
 """Comparing, and what builds are told of it."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from compressllm.core.errors import CompressError
+from compressllm.eval.accuracy import Drop
+from compressllm.report.accuracies import Accuracy
 from compressllm.report.beside import beside_section
 from compressllm.report.ci import github_lines, judgements, to_junit
-from compressllm.report.compare import compare
+from compressllm.report.compare import Comparison, Line, compare
 from compressllm.report.contender import Contender, read_contender
 
 WINDOWS = list(2.0 + 0.4 * np.random.default_rng(0).standard_normal(40))
@@ -114,6 +117,19 @@ def test_a_section_shows_the_same(measured):
     ]
     widths = [float(bar.get("width")) for bar in bars]
     assert widths[1] / widths[0] == pytest.approx(1.03, rel=1e-3)
+
+
+def test_a_section_of_tasks_alone():
+    fell = Accuracy("arc_easy", "acc", 0.5, 0.02, Drop(0.04, 0.01, 0.07), True, None)
+    was = replace(fell, value=0.54, drop=None)
+    lines = [Line(name, None, None, False, None, [one], {}) for name, one in (("a", was), ("b", fell))]
+    section = beside_section(Comparison(lines, "", None, None, 0.95, ["few items"]))
+    assert not section.pictures
+    assert "few items" in section.words
+    assert section.tables[1].rows == [
+        ("arc_easy acc", "a", "54.00 ± 2.00", "", ""),
+        ("arc_easy acc", "b", "50.00 ± 2.00", "-4.00", "-7.00 to -1.00"),
+    ]
 
 
 def test_junit_is_read_by_an_xml_parser(measured):
