@@ -7,6 +7,9 @@ from typing import Final
 
 import yaml
 
+from compressllm.core.errors import FormatError
+from compressllm.models.sidefiles import inside
+
 _KEYS: Final = ("license", "license_name", "license_link", "base_model")
 _MOST_BYTES: Final = 1 << 20
 
@@ -14,11 +17,11 @@ _MOST_BYTES: Final = 1 << 20
 def card_facts(folder: Path) -> dict[str, str]:
     """Licence and base model out of the metadata of ``README.md``; empty if there is none, or it cannot be read."""
     try:
-        with (folder / "README.md").open(encoding="utf-8") as file:
+        with inside(folder, "README.md").open(encoding="utf-8") as file:
             text = file.read(_MOST_BYTES)
         fence, head, _ = text.split("---\n", 2)
         found = yaml.safe_load(head) if not fence.strip() else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # anybody's words; a card is never needed
+    except (FormatError, OSError, ValueError, RecursionError, yaml.YAMLError):  # anybody's words; a card is never needed
         return {}
     if not isinstance(found, dict):
         return {}
