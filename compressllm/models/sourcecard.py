@@ -21,7 +21,7 @@ def card_facts(folder: Path) -> dict[str, str]:
             text = file.read(_MOST_BYTES)
         fence, head, _ = text.split("---\n", 2)
         found = yaml.safe_load(head) if not fence.strip() else None
-    except (FormatError, OSError, ValueError, RecursionError, yaml.YAMLError):  # anybody's words; a card is never needed
+    except (FormatError, OSError, ValueError, RecursionError, yaml.YAMLError):  # a card is never needed
         return {}
     if not isinstance(found, dict):
         return {}
