@@ -78,7 +78,8 @@ def _bars(bench: Mapping[str, Any]) -> tuple[str, str, list[Bar]]:
         for row in rows:
             step, batch = row["seconds_per_step"], row["batch"]
             ends, value = (batch / step["high"], batch / step["low"]), row["decode_tokens_per_second"]
-            bars.append(Bar(f"{row['backend']}, batch {batch}", value, *ends, row["backend"] == "dense"))
+            label = ", ".join([row["backend"], f"batch {batch}", *([row["step"]] if "step" in row else [])])
+            bars.append(Bar(label, value, *ends, row["backend"] == "dense"))
         return "Decoding", "tokens a second", bars
     linears = [row for row in [*rows, *dense] if {"shape", "tokens", "format", "backend", "speedup"} <= row.keys()]
     fewest = min((row["tokens"] for row in linears), default=0)
