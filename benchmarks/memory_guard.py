@@ -28,12 +28,12 @@ from compressllm.stages.environment import environment, resident_bytes
 from compressllm.stages.memory import estimate
 
 RESULTS = Path(__file__).parent / "results"
-FEW = {"source": "builtin", "samples": 16, "seqlen": 512}
+FEW = {"source": "builtin", "samples": 4, "seqlen": 512}
 
 #: Row -> the stage, and whether it works on the pruned model.
 STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "export": ({"export": {"format": "packed"}}, True),
-    "eval": ({"eval": {"source": "builtin", "windows": 4, "seqlen": 1024, "backend": "dense"}}, False),
+    "eval": ({"eval": {"source": "builtin", "windows": 2, "seqlen": 1024, "backend": "dense"}}, False),
     "prune magnitude": ({"prune": {"method": "magnitude", "pattern": "2:4"}}, False),
     "prune wanda": ({"prune": {"method": "wanda", "pattern": "2:4", "calibration": FEW}}, False),
     "prune wanda 0.5": ({"prune": {"method": "wanda", "pattern": "0.5", "calibration": FEW}}, False),
@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[dict[str, Any], bool]] = {
             "prune": {
                 "method": "wanda",
                 "pattern": "2:4",
-                "calibration": {**FEW, "samples": 4},
+                "calibration": FEW,
                 "reconstruct": {"epochs": 1, "batch": 4},
             }
         },
