@@ -81,15 +81,15 @@ class Checkpoint:
             raise FormatError(f"{path}: holds no mapping of settings")
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        except StrictDataclassError as error:  # only its second line says what is wrong
+            raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # of settings that make no sense transformers raises whatever it stumbles over
             if "auto_map" in settings:
                 raise UnsupportedModelError(
                     f"{path}: its architecture is Python code beside the weights (auto_map), which is never run; "
                     "convert the model to an architecture that transformers knows"
                 ) from None
             raise FormatError(f"{path}: {first_line(error)}") from None
-        except StrictDataclassError as error:  # only its second line says what is wrong
-            raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
 
     @property
     def origin(self) -> dict[str, Any]:

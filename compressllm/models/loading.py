@@ -41,17 +41,23 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
     if dtype is None:
         dtype = getattr(config, "dtype", None) or torch.float32
     _check_counts(config, checkpoint)
+    with torch.device("meta"), no_init_weights():
+        outline = _built(config, dtype, checkpoint)
+    _check_buffers(outline, checkpoint)
+    tensor_names(outline, checkpoint)  # finds what does not fit before any memory is taken
+    with init_empty_weights(include_buffers=False):
+        model = _built(config, dtype, checkpoint)
+    return model.eval()
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype, checkpoint: Checkpoint) -> PreTrainedModel:
     try:
-        with torch.device("meta"), no_init_weights():
-            _check_buffers(AutoModelForCausalLM.from_config(config, trust_remote_code=False), checkpoint)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return model
+    except Exception as error:  # of settings that make no sense transformers raises whatever it stumbles over
         raise UnsupportedModelError(
             f"{checkpoint.folder}: cannot be built from its config: {first_line(error)}"
         ) from None
-    tensor_names(model, checkpoint)  # finds what is missing before any work is done
-    return model.eval()
 
 
 def _check_counts(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
@@ -164,5 +170,5 @@ def _load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> N
         raise FormatError(f"{path}: holds no mapping of settings")
     try:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above
         raise FormatError(f"{path}: {first_line(error)}") from None
