@@ -52,6 +52,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "kl-half-batch": KL | HALF,
     "ce-half-batch": CE | HALF,
 }
+#: What of the manifest is kept.
+TOLD = ("steps", "best_step", "tokens", "trained_parameters", "held_out_perplexity", "gap_closed")
 COMMON: dict[str, Any] = {"seqlen": 128, "batch_tokens": 1024, "micro_batch": 8, "lr": 1e-3, "save_every": 1.0}
 
 
@@ -88,7 +90,7 @@ def recovered(row: str, options: argparse.Namespace, seed: int, scratch: Path) -
     config = RecoverConfig(**settings, teacher=None if settings["losses"] == "ce=1.0" else teacher)
     student = options.teacher if row == "dense" else str(scratch / "pruned" / "model")
     run = Run(seed, folder)
-    return recover_model(open_bundle(student), config, run), run.metrics
+    return recover_model(open_bundle(student), config, run), {name: run.metrics[name] for name in TOLD}
 
 
 def measure(row: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
