@@ -24,6 +24,7 @@ from compressllm.contextual.config import ContextualConfig
 from compressllm.contextual.evaluate import Trial, measure_dense, measure_density, tradeoff
 from compressllm.contextual.probes import make_items
 from compressllm.contextual.streaming import Stream
+from compressllm.core.atomic import put_in_place
 from compressllm.core.compute import choose_device, choose_dtype
 from compressllm.core.errors import FormatError
 from compressllm.core.protocols import CORRECTORS, NEURON_SELECTORS
@@ -51,7 +52,7 @@ def contextual_stage(bundle: Bundle, config: ContextualConfig, run: Run) -> Bund
         save_calibration(calibration_path(folder, config.selector), config.selector, fitted, facts or {})
         if bundle.checkpoint.facts:
             seal(folder, bundle.checkpoint.facts.sha256)
-    folder.replace(run.folder / "model")
+    put_in_place(folder, run.folder / "model")
     return open_bundle(str(run.folder / "model"))
 
 
