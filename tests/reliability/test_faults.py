@@ -18,7 +18,7 @@ PROGRESS = ("replace", "out/01-prune/progress.json")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failing_disk_is_one_line_and_the_run_goes_on(matrix: Any, kind: str) -> None:
-    tried = places(matrix.undisturbed("export")[1], every=False)
+    tried = places(matrix.undisturbed("export")[1])
     assert len(tried) > 40
     for place in tried[KINDS.index(kind) :: 20]:  # others of each
         assert try_place(matrix, "export", kind, place) == []
