@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_and_is_made_larger(
 
 
 def test_a_run_that_will_not_fit_does_not_begin(matrix: Any, small_disk: Callable[[int], Path]) -> None:
-    base = small_disk(1800)
+    base = small_disk(1000)
     ended = matrix.workloads.run("whole", base)
     assert clean_refusal(ended) is None
     assert "the run needs about" in ended.err
