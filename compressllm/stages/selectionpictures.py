@@ -27,7 +27,7 @@ def map_svg(places: Sequence[Sequence[float]], labels: Sequence[int], clusters: 
     """
     height = _SIDE + 96
     colours = _colours(clusters)
-    parts = _begin(height, "Clusters of prompts, by how far the pruned model's responses are from the dense model's")
+    parts = _begin(height, "Clusters of prompts, coloured by degradation")
     for (across, down), label in zip(places, labels, strict=True):
         x, y = _MARGIN + across * _SIDE, 48 + down * _SIDE
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colours[label]}" fill-opacity="0.7"/>')
