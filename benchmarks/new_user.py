@@ -33,14 +33,16 @@ def main() -> None:
     environment |= {"COMPRESSLLM_CACHE": str(home / "cache"), "PIP_NO_CACHE_DIR": "1"}
     steps: list[dict[str, object]] = []
 
-    def step(what: str, *command: str) -> None:
+    def step(what: str, *command: str, shown: str = "") -> None:
         folder = clone if clone.exists() else home
         begun = time.perf_counter()
         subprocess.run(command, cwd=folder, env=environment, check=True)
-        steps.append({"step": what, "command": " ".join(command), "seconds": round(time.perf_counter() - begun, 1)})
+        steps.append(
+            {"step": what, "command": shown or " ".join(command), "seconds": round(time.perf_counter() - begun, 1)}
+        )
 
     try:
-        step("clone", "git", "clone", "--quiet", arguments.source, str(clone))
+        step("clone", "git", "clone", "--quiet", arguments.source, str(clone), shown="git clone REPOSITORY")
         step("environment", "make", "--silent", ".venv/demo.stamp")
         step("model, pruned, exported, measured, and its report", "make", "--silent", "demo")
         report, manifest = clone / "demo-out" / "report.html", clone / "demo-out" / "manifest.json"
