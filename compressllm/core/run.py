@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compressllm.core.atomic import write_atomically as write_atomically
-from compressllm.core.atomic import write_json as write_json
 from compressllm.core.errors import RunError
 from compressllm.core.ranks import ALONE, Ranks
 
