@@ -118,8 +118,10 @@ def _beside(source: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in sorted(source.iterdir()):
-        if path.is_file() and not (path.suffix == ".safetensors" and _linked(path, folder / path.name)):
-            shutil.copy2(inside(source, path.name), folder / path.name)
+        if path.is_file():
+            real = inside(source, path.name)
+            if not (path.suffix == ".safetensors" and _linked(real, folder / path.name)):
+                shutil.copy2(real, folder / path.name)
     return folder
 
 
