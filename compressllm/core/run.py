@@ -33,6 +33,11 @@ def untracked(items: Iterable[Any], total: int, label: Label) -> Iterable[Any]:
     return items
 
 
+def at_once(work: Callable[[], None]) -> None:
+    """Do what may be put off."""
+    work()
+
+
 @dataclass
 class Run:
     """Where a stage puts what it has to say, and what it may know of the run it is part of.
@@ -60,7 +65,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     block_seconds: dict[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
-    defer: Callable[[Callable[[], None]], None] = lambda work: work()
+    defer: Callable[[Callable[[], None]], None] = at_once
 
     def log(self, **facts: Any) -> None:
         """Note one fact a row, a pruned linear say."""
