@@ -24,6 +24,7 @@ from compressllm.core.pattern import SparsityPattern, parse_pattern
 from compressllm.core.scheme import SchemeName
 from compressllm.models.seal import FACTS_NAME, seal
 from compressllm.models.shards import file_sha256
+from compressllm.models.sidefiles import inside
 
 FILE_NAME = FACTS_NAME
 
@@ -121,13 +122,13 @@ def write_dense_facts(folder: Path, source: Mapping[str, Any]) -> None:
 def read_facts(folder: Path) -> Facts | None:
     """The facts of a folder we wrote, or None of one we did not.
 
-    Raises: FormatError if the file is there and damaged.
+    Raises: FormatError if the file is there and damaged, or is none.
     """
     path = folder / FILE_NAME
     if not path.exists():
         return None
     try:
-        return Facts.model_validate_json(path.read_bytes())
+        return Facts.model_validate_json(inside(folder, FILE_NAME).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         raise FormatError(

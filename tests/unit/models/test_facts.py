@@ -22,3 +22,9 @@ def test_a_pattern_that_is_none_is_refused_in_one_line(tmp_path: Path, pattern: 
     with pytest.raises(CompressError) as caught:
         read_facts(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_their_place_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(CompressError, match=r"compressllm\.json: is no regular file"):
+        read_facts(tmp_path)
