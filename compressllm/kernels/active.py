@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressllm.core.errors import BackendUnavailableError
-from compressllm.kernels.native.library import library
+from compressllm.kernels.native.library import best_function
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as c/kernel.h numbers them
 _FEW_TOKENS = 8  # with more, a product of matrices reads the weights less often
@@ -117,20 +115,7 @@ def c_function(name: str) -> int | None:
 @functools.cache
 def _kernel(name: str) -> Any:
     """The C function for the highest instruction set that has one and computes what torch does, or None."""
-    try:
-        loaded = library()
-    except BackendUnavailableError:
-        return None  # torch computes the same
-    for isa in reversed(loaded.isas):
-        kernel = getattr(loaded.c, f"{name}_{isa}", None)
-        if kernel is None:
-            continue
-        if _agrees(name, kernel):
-            return kernel
-        warnings.warn(
-            f"{name} for {isa} is not used: it does not compute what torch does", RuntimeWarning, stacklevel=2
-        )
-    return None
+    return best_function(name, functools.partial(_agrees, name))
 
 
 def _agrees(name: str, kernel: Any) -> bool:

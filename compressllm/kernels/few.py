@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressllm.core.errors import BackendUnavailableError
-from compressllm.kernels.native.library import library
+from compressllm.kernels.native.library import best_function
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as c/kernel.h numbers them
 _MANY_TOKENS = 17  # from here on torch is as fast, or will be soon
@@ -59,20 +57,7 @@ def _call(kernel: Any, x: Tensor, weight: Tensor, tokens: int) -> Tensor:
 @functools.cache
 def _kernel() -> Any:
     """The C function for the highest instruction set that has one and computes what torch does, or None."""
-    try:
-        loaded = library()
-    except BackendUnavailableError:
-        return None  # torch computes the same
-    for isa in reversed(loaded.isas):
-        kernel = getattr(loaded.c, f"few_tokens_{isa}", None)
-        if kernel is None:
-            continue
-        if _agrees(kernel):
-            return kernel
-        warnings.warn(
-            f"few_tokens for {isa} is not used: it does not compute what torch does", RuntimeWarning, stacklevel=2
-        )
-    return None
+    return best_function("few_tokens", _agrees)
 
 
 def _agrees(kernel: Any) -> bool:

@@ -207,6 +207,28 @@ def _load(switch: str, isa: str) -> Library | str:
     return Library(built, c, tuple(usable), refused)
 
 
+def best_function(name: str, agrees: Callable[[Any], bool]) -> Any:
+    """The C function ``NAME_ISA`` of the highest instruction set that has one and agrees with torch, or None.
+
+    Args:
+        agrees: Runs it on a small case; one that does not agree is warned of and left out.
+    """
+    try:
+        loaded = library()
+    except BackendUnavailableError:
+        return None  # torch computes the same
+    for isa in reversed(loaded.isas):
+        function = getattr(loaded.c, f"{name}_{isa}", None)
+        if function is None:
+            continue
+        if agrees(function):
+            return function
+        warnings.warn(
+            f"{name} for {isa} is not used: it does not compute what torch does", RuntimeWarning, stacklevel=2
+        )
+    return None
+
+
 def shares_threads(loaded: Library) -> bool:
     """Whether the library's OpenMP is the one torch runs on."""
     return loaded.build.openmp is not None and loaded.build.openmp == openmp_in_process()
