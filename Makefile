@@ -15,8 +15,9 @@ demo: $(VENV)/demo.stamp ## prune a real 135M LLM to 2:4, export it packed, load
 	$(BIN)/compressllm generate $(OUT) --prompt "The capital of France is" --max-new-tokens 32
 	$(BIN)/compressllm report $(OUT) --html $(OUT)/report.html
 
+# A test computes on one thread, so as many at once as there are cores, each process taking about a gigabyte.
 test: $(VENV)/demo.stamp $(VENV)/dev.stamp ## the test suite, without a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 15
 
 # A machine with a GPU has a torch of its own, which is taken as it is if there is no environment here.
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))

@@ -8,7 +8,7 @@ teacher's weights and masks by size, all others with the student; `student` and 
 trains the dense model itself on the text, which says how much of a perplexity is the text's manner; `kl-corrected`
 first trains the teacher so, for as many tokens at a third of the rate. Every row is a process of its own, its result
 verified, exported packed and loaded again. Rows that the result file has already for as many tokens and the same seed
-are not measured again, so a stopped run goes on.
+are not measured again, so a stopped run goes on; with --keep so does a stopped row, whose seconds are then those since.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,17 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
     }
 
 
+@contextmanager
+def scratch_folder(keep: Path | None, name: str) -> Iterator[Path]:
+    """Where a row is made: in a folder that stays, so that a killed row goes on, or in one that goes."""
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        (keep / name).mkdir(parents=True, exist_ok=True)
+        yield keep / name
+
+
 def main() -> None:
     """Measure the rows that are missing, print them, and keep the JSON up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,6 +150,7 @@ def main() -> None:
     parser.add_argument("--eval-seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--keep", type=Path, help="folder for what rows make; a killed row goes on from there")
     options = parser.parse_args()
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
     record |= {
@@ -149,8 +163,7 @@ def main() -> None:
             tokens = options.tokens if row in ROWS else 0
             if any((r["row"], r["tokens"], r["seed"]) == (row, tokens, seed) for r in record["results"]):
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                scratch = Path(folder)
+            with scratch_folder(options.keep, f"{row}-{tokens}-{seed}") as scratch:
                 made = measure(row, options, seed, scratch) if row in ROWS else untrained(row, options, scratch)
             record["results"].append(made)
             print(f"{row:16} seed {seed} {tokens:8} tokens {made['perplexity']}", flush=True)

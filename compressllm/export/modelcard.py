@@ -54,6 +54,7 @@ def write_card(folder: Path, facts: Facts, ratio: float, run: Mapping[str, Any] 
         "",
         *_files(facts, ratio, patterns),
         *_made(run),
+        *_answers(run),
         *_loading(facts),
         "## Hashes",
         "",
@@ -111,6 +112,22 @@ def _made(run: Mapping[str, Any] | None) -> Iterator[str]:
     for protocol in dict.fromkeys(s["metrics"]["protocol"] for s in run["stages"] if "protocol" in s["metrics"]):
         yield from (f"Perplexity: {protocol}.", "")
     yield from (f"Seed {run.get('seed', 0)}.", "")
+
+
+def _answers(run: Mapping[str, Any] | None) -> Iterator[str]:
+    """One row a task and metric; of this model only, not of what it was made from."""
+    stages = run["stages"] if run else []
+    made = max((at for at, stage in enumerate(stages) if stage.get("model")), default=0)
+    asked = [stage["metrics"]["tasks"] for stage in stages[made:] if "tasks" in stage["metrics"]]
+    if not asked:
+        return
+    yield from ("## Accuracy", "", "| task | metric | items | worked examples | in percent |", "| --- |" + " --- |" * 4)
+    for task, result in {name: result for tasks in asked for name, result in tasks.items()}.items():
+        for metric, one in result["metrics"].items():
+            error = "" if one["stderr"] is None else f" ± {100 * one['stderr']:.2f}"
+            count = f"{result['items']} | {result['num_fewshot']}"
+            yield f"| {task} | {metric} | {count} | {100 * one['value']:.2f}{error} |"
+    yield ""
 
 
 def _settings(stage: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressllm.bench.plot import Bar, bars_svg
+from compressllm.report.answers import answers_section
 from compressllm.report.layers import layer_sections
 from compressllm.report.record import RunRecord
 from compressllm.report.section import Picture, Section, Table
@@ -28,6 +29,7 @@ def sections_of(record: RunRecord) -> list[Section]:
     found = [summary(record)] if record.stages or record.sweep is None else []
     if record.sweep and record.sweep.get("points"):
         found.append(_sweep(record.sweep))
+    found += answers_section(record.stages)
     found += layer_sections(record.stages)
     found += tradeoff_sections(record.stages)
     found += [training_section(at + 1, record.stages[at], rows) for at, rows in record.training.items() if rows]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressllm.eval.gate import comparable
+from compressllm.report.answers import answers_card
 from compressllm.report.record import RunRecord
 from compressllm.report.section import Section, Table
 from compressllm.report.wording import arrow, number, percent, seconds, size, stage_title
@@ -52,6 +53,7 @@ def _cards(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
         )
         if before:
             cards.append(("Change in perplexity", f"{measured[-1]['perplexity'] / before['perplexity'] - 1:+.2%}"))
+    cards += answers_card(stages)
     if schemes := [one["scheme"] for one in metrics if "scheme" in one]:
         cards.append(("Weights rounded to", schemes[-1]))
     sparse = [one["sparsity"] for one in metrics if "sparsity" in one]

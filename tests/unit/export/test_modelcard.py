@@ -78,6 +78,20 @@ def test_the_run_a_folder_lies_in_is_found(tmp_path: Path) -> None:
         assert run_of(tmp_path / "model") is None
 
 
+def test_accuracies_are_those_of_this_model(tmp_path: Path) -> None:
+    def asked(**found: float) -> dict:
+        metrics = {name: {"value": value, "stderr": None if name == "f1" else 0.05} for name, value in found.items()}
+        return EVAL | {"metrics": {"tasks": {"arc_easy": {"metrics": metrics, "items": 40, "num_fewshot": 5}}}}
+
+    prune = PRUNE | {"model": "model"}
+    run = {"model": "demo", "stages": [asked(acc=0.9), prune, asked(acc=0.41, f1=0.3)]}
+    _, body = card(tmp_path, facts(), 0.5, run)
+    assert "| arc_easy | acc | 40 | 5 | 41.00 ± 5.00 |\n| arc_easy | f1 | 40 | 5 | 30.00 |\n" in body
+    assert "90.00" not in body  # the dense model's
+    _, body = card(tmp_path, facts(), 0.5, run | {"stages": [asked(acc=0.9), prune]})
+    assert "Accuracy" not in body
+
+
 def test_licence_and_base_model_of_the_source_are_passed_on(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

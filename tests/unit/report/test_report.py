@@ -156,6 +156,38 @@ def test_contextual_curves_end_in_the_dense_model(run_folder):
     assert "exact match" not in section.tables[0].header  # of which nothing is known
 
 
+def task(value: float, items: str = "ab") -> dict:
+    metrics = {"acc": {"value": value, "stderr": 0.05}, "f1": {"value": 0.25, "stderr": None}}
+    return {"metrics": metrics, "items": 40, "num_fewshot": 0, "items_sha256": items * 32}
+
+
+def test_accuracies_are_told_stage_by_stage(run_folder):
+    path = run_folder / "manifest.json"
+    found = json.loads(path.read_text())
+    found["stages"][0]["metrics"]["tasks"] = {"arc": task(0.5), "piqa": task(0.7), "copa": task(0.9)}
+    found["stages"][-1]["metrics"]["tasks"] = {"arc": task(0.4), "piqa": task(0.6)}
+    path.write_text(json.dumps(found))
+    summary, section, *_ = sections_of(read_run(run_folder))
+    assert ("Mean accuracy, 2 tasks", "60 % → 50 %") in summary.cards
+    (table,) = section.tables
+    assert table.header == ("task", "metric", "asked", "stage 1", "stage 5")
+    assert [row[0] + row[1] for row in table.rows] == ["arcacc", "arcf1", "piqaacc", "piqaf1", "copaacc", "copaf1"]
+    assert table.rows[0][3:] == ("50.00 ± 5.00", "40.00 ± 5.00")
+    assert table.rows[1][3:] == ("25.00", "25.00")
+    assert table.rows[4][3:] == ("90.00 ± 5.00", "—")
+
+
+def test_accuracies_on_other_items_are_not_compared(run_folder):
+    path = run_folder / "manifest.json"
+    found = json.loads(path.read_text())
+    found["stages"][0]["metrics"]["tasks"] = {"arc": task(0.5)}
+    found["stages"][-1]["metrics"]["tasks"] = {"arc": task(0.4, items="cd")}
+    path.write_text(json.dumps(found))
+    summary, section, *_ = sections_of(read_run(run_folder))
+    assert ("Accuracy, arc", "40 %") in summary.cards
+    assert [row[3:] for row in section.tables[0].rows[::2]] == [("50.00 ± 5.00", "—"), ("—", "40.00 ± 5.00")]
+
+
 def test_quantising_is_told(run_folder):
     path = run_folder / "manifest.json"
     found = json.loads(path.read_text())
