@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm.calibration.walker import Block
-from compressllm.core.layererror import relative_error
+from compressllm.core.layererror import error_rows, relative_error
 from compressllm.core.masks import MaskStore
 from compressllm.core.protocols import QUANTIZERS, Quantized, Quantizer
 from compressllm.core.quantized import round_to_nearest
@@ -113,14 +113,15 @@ class AWQScale:
         squares = torch.zeros(channels, device=columns.device).index_add_(0, columns, stats.need("hessian").diagonal())
         size = (squares / columns.bincount()).sqrt()
         size = size.clamp(min=1e-4 * float(size.max()) or 1.0)
+        read = {name: (error_rows(weight), error_rows(keeps[name])) for name, weight in weights.items()}
         best, found = float("inf"), (torch.ones_like(size), 0.0)
         for step in range(self.grid + 1):
             alpha = step / self.grid
             scale = size**alpha
             scale = scale / (scale.max() * scale.min()).sqrt()
             error, wide = 0.0, scale[columns]
-            for name, weight in weights.items():
-                rounded = round_to_nearest(weight * wide, keeps[name], scheme).dequantize(torch.float32) / wide
+            for weight, keep in read.values():
+                rounded = round_to_nearest(weight * wide, keep, scheme).dequantize(torch.float32) / wide
                 error += relative_error(weight, rounded, stats)
             if error < best:
                 best, found = error, (scale, alpha)
