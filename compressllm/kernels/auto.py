@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from compressllm.kernels.measured import Seconds
 
 #: A backend may take this much longer than dense at some number of tokens and still be chosen.
 ALLOWED = 1.05
+#: Times at one token that differ by less are alike, as repeated measurements differ by that much; prompts then decide.
+CLOSE = 1.1
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Picked:
 def pick(seconds: Seconds, dense: str = "dense", keep_dense: bool = False) -> Picked:
     """The backend that is fastest at one token, of those that are nowhere slower than dense by more than `ALLOWED`.
 
-    Decoding decides, since that is where time goes; the bound is for prompts.
+    Decoding decides, since that is where time goes; the bound is for prompts. Of backends about as fast as the fastest
+    there, within `CLOSE`, that is taken which is fastest by the geometric mean over all numbers of tokens.
 
     Args:
         seconds: Backend -> number of tokens -> seconds a call; all at the same numbers, the smallest first.
@@ -50,10 +54,19 @@ def pick(seconds: Seconds, dense: str = "dense", keep_dense: bool = False) -> Pi
             more = "" if len(slow) == len(times) else f"; it is slower at {_listed(slow)} tokens only"
             lost[name] = f"takes {slow[worst]:.2f} times as long as {dense} at {worst} tokens{more}"
     first = min(next(iter(seconds.values())))
-    winner = min(able, key=lambda name: seconds[name][first])
+    best = min(seconds[name][first] for name in able)
+    close = [name for name in able if seconds[name][first] <= CLOSE * best]
+
+    def overall(name: str) -> float:
+        taken_over = able[name] or math.inf
+        return math.prod(seconds[dense if n >= taken_over else name][n] for n in seconds[name])
+
+    winner = min(close, key=overall)
     for name in able.keys() - {winner}:
-        longer = seconds[name][first] / seconds[winner][first]
-        lost[name] = f"takes {longer:.2f} times as long as {winner} at {first} token{'s' * (first > 1)}"
+        # Named is the number of tokens at which it lost.
+        at = max(seconds[name], key=lambda n: seconds[name][n] / seconds[winner][n]) if name in close else first
+        longer = seconds[name][at] / seconds[winner][at]
+        lost[name] = f"takes {longer:.2f} times as long as {winner} at {at} token{'s' * (at > 1)}"
     return Picked(winner, lost, able[winner])
 
 

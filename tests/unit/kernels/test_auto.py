@@ -17,6 +17,18 @@ def test_the_fastest_at_one_token_wins():
     }
 
 
+def test_prompts_decide_between_backends_alike_at_one_token():
+    picked = pick(seconds(dense=[10, 40, 400], exact=[5, 20, 200], rounded=[5.4, 10, 100]))
+    assert picked.name == "rounded"
+    assert picked.lost["exact"] == "takes 2.00 times as long as rounded at 16 tokens"
+    assert pick(seconds(dense=[10, 40, 400], exact=[5, 20, 200], rounded=[5.6, 10, 100])).name == "exact"
+
+
+def test_prompts_are_those_of_the_dense_copy_where_it_takes_over():
+    kept = pick(seconds(dense=[10, 20, 100], one=[5, 15, 900], other=[5.1, 19, 90]), keep_dense=True)
+    assert (kept.name, kept.dense_from) == ("one", 256)
+
+
 def test_nothing_is_chosen_that_is_slower_than_dense_by_more_than_a_twentieth():
     picked = pick(seconds(dense=[10, 20, 200], fast=[5, 20, 220]))
     assert picked == Picked(
