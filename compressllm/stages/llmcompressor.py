@@ -161,6 +161,7 @@ def _with_options(method: str, settings: dict[str, Any]) -> Any:
     older = settings.pop("percdamp", None)
     damping, block = settings.pop("dampening_frac", older), settings.pop("block_size", None)
     options = {"block": block if block != 128 else None, "damping": damping if damping != 0.01 else None}
+    options["order"] = settings.pop("order", None)
     given = {key: value for key, value in options.items() if value is not None}
     return {method: given} if given else method
 
@@ -198,6 +199,12 @@ def _quantize(modifier: _Modifier, model: str, notes: list[str]) -> dict[str, An
         settings.clear()
         return None
     gptq = modifier.name == "GPTQModifier"
+    ordered = [
+        settings.pop("actorder", None),
+        *(_weights_of(group).get("actorder") for group in (groups or {}).values()),
+    ]
+    if gptq and any(ordered):
+        settings["order"] = "activation"
     if targets := _globs(settings.pop("targets", "Linear"), f"{where}.targets", notes):
         notes.append(f"{where}.targets: {', '.join(targets)}: all linears are quantised here but those under skip")
     stage = {
@@ -213,7 +220,7 @@ def _scheme_of_groups(groups: Mapping[str, Any], where: str, notes: list[str]) -
     first, *others = groups.items()
     notes += [f"{where}.config_groups.{name}: a model has one scheme here, that of {first[0]}" for name, _ in others]
     place, group = f"{where}.config_groups.{first[0]}", first[1] or {}
-    weights = group.get("weights") or {}
+    weights = _weights_of(group)
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     size = weights.get("group_size") if weights.get("strategy") == "group" else None
     if (bits, kind) not in {(4, "int"), (8, "int"), (8, "float")}:
@@ -223,8 +230,8 @@ def _scheme_of_groups(groups: Mapping[str, Any], where: str, notes: list[str]) -
         notes.append(_activations(where))
     if weights.get("symmetric") is False:
         notes.append(f"{place}.weights.symmetric: codes are symmetric here")
-    if weights.get("actorder"):
-        notes.append(f"{place}.weights.actorder: columns are taken in their order here")
+    if weights.get("actorder") == "group":
+        notes.append(f"{place}.weights.actorder: groups are of neighbours here, whatever order columns are taken in")
     if bits == 8:
         if size:
             notes.append(f"{place}.weights.group_size: one scale a row here")
@@ -233,6 +240,10 @@ def _scheme_of_groups(groups: Mapping[str, Any], where: str, notes: list[str]) -
         notes.append(f"{place}.weights: {size or 'one scale a row'} becomes groups of 128, which are finer")
         size = 128
     return f"int4-g{size}"
+
+
+def _weights_of(group: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return (group or {}).get("weights") or {}
 
 
 def _activations(where: str) -> str:

@@ -117,6 +117,19 @@ def test_quantising_comes_last(convert) -> None:
     assert "model.layers.*" in recipe.steps()[0][1].patterns
 
 
+@pytest.mark.parametrize("where", ["modifier", "weights"])
+def test_order_of_columns(convert, where: str) -> None:
+    weights = ", actorder: group" if where == "weights" else ""
+    recipe, notes = convert(
+        "q_stage:\n  q_modifiers:\n    GPTQModifier:\n"
+        + ("      actorder: static\n" if where == "modifier" else "")
+        + "      config_groups:\n        group_0:\n          weights: {num_bits: 4, type: int, strategy: group, "
+        + f"group_size: 128{weights}}}\n          targets: [Linear]\n"
+    )
+    assert recipe.steps()[-1][1].method == {"gptq": {"order": "activation"}}
+    assert any("groups are of neighbours here" in note for note in notes) is (where == "weights")
+
+
 def test_what_has_no_equal_is_one_line_each(convert) -> None:
     recipe, notes = convert(
         "q_stage:\n  q_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n"
