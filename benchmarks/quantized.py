@@ -6,7 +6,8 @@ A row is `dense` or a pattern, then `+SCHEME`, and then `+METHOD`: rtn, gptq (th
 first), awq-scale, awq-gptq (the scales, and then GPTQ), or joint (SparseGPT prunes the dense model and rounds in one
 sweep). --pruned PATTERN=FOLDER starts from a checkpoint that is pruned already, and recovered perhaps, in place of
 pruning with --method; there may be several of one pattern, PATTERN/NAME=FOLDER, whose rows are PATTERN/NAME+SCHEME.
-Every row is a process of its own. Rows that the result file has already are not measured again, so a stopped run goes on.
+Every row is a process of its own. Rows that the result file has already are not measured again, so a stopped run goes
+on.
 """
 
 from __future__ import annotations
