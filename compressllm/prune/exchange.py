@@ -15,7 +15,7 @@ from torch import Tensor
 from compressllm.core.pattern import NM
 
 #: Elements gathered at one time, of scores and thresholds each.
-_CHUNK = 1 << 24
+SEARCHED_AT_ONCE = 1 << 24
 #: The search ends when this many rounds in a row have together raised the retained score by less than `_SMALL` of it.
 _PATIENCE = 24
 _SMALL = 1e-4
@@ -115,7 +115,7 @@ class _Groups:
         self.bars = torch.empty_like(scores)  # (channels, rows)
         self.worth = self.sums.new_empty(len(members))  # (groups,), what each keeps
         self.fixed = torch.empty_like(self.sums)  # (channels,), rest_i + sum(bar_i) / 2
-        step = max(1, _CHUNK // (members.shape[1] * scores.shape[1]))
+        step = max(1, SEARCHED_AT_ONCE // (members.shape[1] * scores.shape[1]))
         for group in torch.split(torch.arange(len(members), device=scores.device), step):
             self._note_(group, members[group])
 
@@ -192,7 +192,7 @@ def _exchange_(groups: _Groups, sets: int, rounds: int, seed: int) -> int:
     first = torch.arange(sets)[:, None] * count
     settled = torch.zeros(sets * count, count, dtype=torch.bool)  # met, and neither has changed since
     history = [groups.retained()]
-    step = max(1, _CHUNK // (m * groups.scores.shape[1]))
+    step = max(1, SEARCHED_AT_ONCE // (m * groups.scores.shape[1]))
     for meetings in _meetings(sets, count, rounds, seed):
         one, other = (first + meetings[..., 0]).flatten(), (first + meetings[..., 1]).flatten()
         new = ~settled[one, other % count]

@@ -25,6 +25,7 @@ from compressllm.eval.config import EvalConfig
 from compressllm.export.config import ExportConfig
 from compressllm.models.bundle import Bundle
 from compressllm.prune.config import PermuteConfig, PruneConfig
+from compressllm.prune.exchange import SEARCHED_AT_ONCE
 from compressllm.quantize.config import QuantizeConfig
 from compressllm.recover.config import RecoverConfig
 from compressllm.stages.sizes import Sizes, sizes_of
@@ -110,7 +111,10 @@ def _permute(bundle: Bundle, config: PermuteConfig) -> MemoryNeed:
     windows = _windows(bundle, config.calibration) if criterion.needs else (0, 0)
     phases = _walk(sizes, windows, config.activation_memory_gb, False, 12)
     rows = 4 * config.rows * sizes.hidden * ("residual" in config.scope)
-    phases["search"] = {"scores": 3 * rows, "modules": _LATE}
+    searched = max(rows, 4 * sizes.linear)  # of the residual stream, or of a linear
+    # Gathered, joined, channel by channel, and twice what each would add to its group; and a part of it worked on.
+    phases["search"] = {**phases["solving"], "a linear's work": 0}
+    phases["search"]["scores"] = 5 * searched + 5 * min(searched, 4 * SEARCHED_AT_ONCE)
     phases["solving"]["scores"] = rows
     # Before and after, in float32, with the head.
     phases["comparison"] = {"tensors before and after": 2 * 4 * sizes.largest + sizes.largest * sizes.stored}

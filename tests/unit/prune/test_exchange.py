@@ -96,7 +96,7 @@ def test_search_ends_where_no_exchange_gains_and_often_at_the_best_of_all_orders
 def test_same_seed_same_order_whatever_the_threads_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = random_scores(2, 50, 32)
     first = find_order(scores, NM(2, 4), 10, seed=3)
-    monkeypatch.setattr(exchange, "_CHUNK", 1000)
+    monkeypatch.setattr(exchange, "SEARCHED_AT_ONCE", 1000)
     torch.set_num_threads(2)
     try:
         again = find_order(scores.transpose(1, 2).contiguous().transpose(1, 2), NM(2, 4), 10, seed=3)
