@@ -52,6 +52,9 @@ class LayerBench:
         for name in self.formats:
             if name not in SPARSE_FORMATS:
                 raise RecipeError(f"unknown format {name!r}; known: {', '.join(SPARSE_FORMATS)}")
+        for name in self.backends:
+            if name != AUTO:
+                BACKENDS.get(name)  # a name that is none is found before the work
         for shape in self.shapes:
             if reason := self.pattern.refuses(shape):
                 raise RecipeError(f"{shape[0]}x{shape[1]}: {reason}")
