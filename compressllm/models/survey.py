@@ -88,6 +88,9 @@ def damaged_files(checkpoint: Checkpoint, show: Callable[..., Any] = lambda item
 def _survey_linear(
     name: str, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern | None, scheme: str | None
 ) -> LinearSurvey:
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if weight.is_floating_point() and weight.dtype.itemsize == 1:
+        weight = weight.float()  # exact; torch asks float8 for neither signs nor NaN
     zero = weight == 0
     pruned = zero if keep is None else ~keep
     violations = 0
@@ -96,7 +99,7 @@ def _survey_linear(
     return LinearSurvey(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype,
         scheme=scheme,
         zeros=int(zero.sum()),
         negative_zeros=int((zero & torch.signbit(weight) & pruned).sum()) if pattern or keep is not None else 0,

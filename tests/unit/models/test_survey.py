@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -159,3 +161,17 @@ def test_a_checkpoint_of_the_base_model_is_surveyed_by_module_names(
     Facts(written_by="test", linears=linears).write(tmp_path)
     row = rows_of(Checkpoint(tmp_path))[NAME]
     assert (row.pattern, row.sparsity, row.sound) == ("2:4", 0.5, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bit_floats_are_looked_at(llama: PreTrainedModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    weight = tensors[f"{NAME}.weight"]
+    weight[0, :3] = torch.tensor([-0.0, float("nan"), 1.0])
+    tensors[f"{NAME}.weight"] = weight.to(dtype)
+    llama.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    row = rows_of(Checkpoint(tmp_path), NM(2, 4))[NAME]
+    assert row.dtype == str(dtype).removeprefix("torch.")
+    assert row.not_finite == 1
+    assert row.negative_zeros >= 1
