@@ -2,8 +2,8 @@
 
     ENV/bin/python benchmarks/gptq_reference.py --model demo --calibration C4 --data WIKITEXT --rows theirs,ours,dense
 
-ENV holds llmcompressor and this project. A row is ``dense``, ``ours`` or ``theirs`` with this project's order of
-columns, or ``theirs:static``, with llm-compressor's own default order. Rows that the file has are not measured again.
+ENV holds llmcompressor and this project. A row is ``dense``, ``ours`` or ``theirs`` with columns as they come, or
+``ours:activation`` and ``theirs:static``, with those of large inputs first. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--data", default="wikitext2")
     parser.add_argument("--eval-seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--rows", default="dense,ours,theirs,theirs:static")
+    parser.add_argument("--rows", default="dense,ours,theirs,ours:activation,theirs:static")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gptq_reference.json")
     options = parser.parse_args()
 
@@ -84,23 +84,24 @@ def main() -> None:
         if any(one["row"] == row for one in record["results"]):
             continue
         begun, facts = time.perf_counter(), dict[str, Any]()
-        if row == "ours":
+        kind, _, order = row.partition(":")
+        if kind == "ours":
             with tempfile.TemporaryDirectory() as folder:
                 source = Path(folder) / "ids.npy"
                 import numpy as np
 
                 np.save(source, calibration.ids.numpy())
                 settings = {"source": str(source), "samples": options.samples, "seqlen": options.seqlen}
+                method = {"gptq": {"order": order or "natural"}}
                 config = QuantizeConfig(
-                    scheme=f"int4-g{options.group}", method="gptq", dtype="float32", calibration=settings
+                    scheme=f"int4-g{options.group}", method=method, dtype="float32", calibration=settings
                 )
                 made = quantize_model(bundle, config, Run(folder=Path(folder)))
                 model = made.live(torch.float32)
         else:
             model = load_model(options.model, torch.float32)
-            if row != "dense":
-                order = row.partition(":")[2] or None
-                facts = theirs(model, calibration.ids, options.group, order)
+            if kind != "dense":
+                facts = theirs(model, calibration.ids, options.group, order or None)
         seconds = time.perf_counter() - begun
         with torch.inference_mode():
             result = perplexity(model, text.ids)
