@@ -3,7 +3,8 @@
     ENV/bin/python benchmarks/gptq_reference.py --model demo --calibration C4 --data WIKITEXT --rows theirs,ours,dense
 
 ENV holds llmcompressor and this project. A row is ``dense``, ``ours`` or ``theirs`` with columns as they come, or
-``ours:activation`` and ``theirs:static``, with those of large inputs first. Rows that the file has are not measured again.
+``ours:activation`` and ``theirs:static``, with those of large inputs first. Rows that the file has are not measured
+again.
 """
 
 from __future__ import annotations
