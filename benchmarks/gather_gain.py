@@ -4,9 +4,9 @@
 
 `permute` makes only those orders that cost nothing when the model runs. Every other needs its linear to gather its
 inputs first. Each row prunes as `one_shot.py` does, but in the best order found for that one linear, and puts weights
-and masks back where they were: what comes out has half of every row, is evaluated dense, and bounds from below the
-perplexity that any such gather could reach with that search. A row that begins with `permute+` orders what costs
-nothing first. Rows that the result file has already are not measured again.
+and masks back where they were: what comes out has half of every row and is evaluated dense. Linears that share their
+inputs would have to share an order, so this is the most that could be hoped for by that search. A row that begins with
+`permute+` orders what costs nothing first. Rows that the result file has already are not measured again.
 """
 
 from __future__ import annotations
