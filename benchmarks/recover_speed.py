@@ -107,13 +107,14 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--masking", default="fixed")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of our matrix products")
     parser.add_argument("--autocast", action="store_true", help="The plain loop in bfloat16 autocast.")
     parser.add_argument("--teacher-cache", type=int, help="tokens kept; the cache is of all of --data, so give few")
     parser.add_argument("--only", choices=("plain", "ours"), help="One of the two, for its peak memory.")
     given = parser.parse_args()
     config = RecoverConfig(
         teacher=given.teacher, data=(given.data,), seqlen=given.seqlen, batch_tokens=given.batch_tokens,
-        micro_batch=given.micro_batch, masking=given.masking, device=given.device, held_out=0.001,
+        micro_batch=given.micro_batch, masking=given.masking, device=given.device, dtype=given.dtype, held_out=0.001,
         max_tokens=given.steps * given.batch_tokens, evaluate_every=1.0, save_every=1.0,
     )  # fmt: skip
     tokens = config.windows_per_step * config.seqlen

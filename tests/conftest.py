@@ -6,8 +6,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["COMPRESSLLM_MEASURE"] = "0"  # no test depends on how fast this machine is
 
+import faulthandler
 import multiprocessing
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -162,7 +164,9 @@ def launch() -> Callable[..., list[Any]]:
         processes, ends = [], []
         for rank in range(size):
             end, other = context.Pipe(duplex=False)
-            process = context.Process(target=_launched, args=(work, rank, size, store.port, other), daemon=True)
+            process = context.Process(
+                target=_launched, args=(work, rank, size, store.port, other, 0.9 * seconds), daemon=True
+            )
             # Forked from a thread of its own: OpenMP's threads belong to the one that used them, and a child of it
             # would wait for threads that it does not have.
             starter = threading.Thread(target=process.start)
@@ -182,7 +186,7 @@ def launch() -> Callable[..., list[Any]]:
     return run
 
 
-def _launched(work: Callable[[int], Any], rank: int, size: int, port: int, end: Connection) -> None:
+def _launched(work: Callable[[int], Any], rank: int, size: int, port: int, end: Connection, seconds: float) -> None:
     torch.set_num_threads(1)  # a forked process has none of its parent's
     os.environ.update(
         RANK=str(rank),
@@ -192,6 +196,7 @@ def _launched(work: Callable[[int], Any], rank: int, size: int, port: int, end: 
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)  # where it hangs, before it is killed
     try:
         result = work(rank)
     except Exception as error:

@@ -43,5 +43,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def multiplies_bf16_faster(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are much faster than in float32: on CUDA, and on CPUs with units for them."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -128,7 +128,8 @@ class RecoverConfig(Config):
     diverged: float = Field(default=2.0, gt=0)
     """Nats by which the held-out loss may rise over its best before training is given up."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the student's and the teacher's matrix products; auto is bfloat16 on CUDA and float32 on a CPU.
+    """Dtype of the student's and the teacher's matrix products; auto is bfloat16 on CUDA and on CPUs that have
+    units for it (AMX, AVX512-BF16), else float32.
     The optimizer's weights are float32 in any case."""
     device: Device = "auto"
     """Where training runs."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from compressllm.core.cache import cache_folder
-from compressllm.core.compute import choose_device
+from compressllm.core.compute import choose_device, multiplies_bf16_faster
 from compressllm.core.errors import FormatError, RecipeError
 from compressllm.core.masks import MaskStore
 from compressllm.core.run import Run
@@ -132,5 +132,5 @@ def _compute_dtype(bundle: Bundle, config: RecoverConfig, device: torch.device) 
     if bundle.checkpoint is None:
         return bundle.stored_dtype
     if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if multiplies_bf16_faster(device) else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32

@@ -47,13 +47,16 @@ def dense(llama: PreTrainedModel, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(dense: Path, ids: str) -> Callable[..., RecoverConfig]:
-    """Settings of a training of 8 steps, four windows each; ``evaluate_every`` 0.25 makes four checkpoints."""
+    """Settings of a training of 8 steps, four windows each; ``evaluate_every`` 0.25 makes four checkpoints.
+
+    In float32, on machines too that would train in bfloat16: what is compared is closer than that.
+    """
 
     def make(**changes: Any) -> RecoverConfig:
         base = {
             "teacher": str(dense), "data": (ids,), "seqlen": 16, "held_out": 0.2, "max_tokens": 8 * 64,
             "batch_tokens": 64, "micro_batch": 2, "lr": LR, "warmup": 0.2, "refresh": 2, "evaluate_every": 0.25,
-            "save_every": 0.25,
+            "save_every": 0.25, "dtype": "float32",
         }  # fmt: skip
         return RecoverConfig(**{**base, **changes})
 
@@ -566,3 +569,12 @@ def test_a_model_in_memory_is_trained_in_place(masking: str, student: Path, sett
     own = dict(after.model.named_parameters())
     assert all(torch.equal(own[name], value) for name, value in weights(stored).items())
     assert not any(parameter.requires_grad for parameter in own.values())
+
+
+@pytest.mark.parametrize(("faster", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_trains_in_bfloat16_where_that_is_faster(
+    faster: bool, dtype: str, student: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressllm.recover.model.multiplies_bf16_faster", lambda device: faster)
+    _, run = recovered(student, settings(dtype="auto", max_tokens=64), tmp_path / "out")
+    assert run.metrics["dtype"] == dtype

@@ -64,6 +64,7 @@ def settings(llama: PreTrainedModel, tmp_path: Path) -> Callable[..., RecoverCon
     base = {
         "teacher": str(tmp_path / "dense"), "data": (str(tmp_path / "ids.npy"),), "seqlen": 16, "held_out": 0.2,
         "max_tokens": 8 * 64, "batch_tokens": 64, "lr": 2e-3, "evaluate_every": 0.5, "quantize": SCHEME,
+        "dtype": "float32",
     }  # fmt: skip
     return lambda **changes: RecoverConfig(**{**base, **changes})
 
