@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser, result: Path) -> None:
     parser.add_argument("--calibration", default="c4", help="text to calibrate on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
+    parser.add_argument("--seed", type=int, default=0, help="which windows are drawn")
     parser.add_argument("--data", default="wikitext2", help="WikiText-2 raw test: wikitext2, or a file of its rows")
     parser.add_argument("--eval-seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16, help="only the first so many")
@@ -48,7 +49,7 @@ def measure_rows(
         measure: Makes a row, which has its key in it, from the key, the file of token ids and a scratch folder.
         show: The line to print.
     """
-    windows = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen)
+    windows = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen, options.seed)
     facts = windows.facts() | {"source": Path(str(options.calibration)).name}
     record: Row = {"results": []}
     if options.out.exists():

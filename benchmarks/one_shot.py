@@ -23,6 +23,7 @@ import yaml
 from calibrated import add_options, measure_rows
 from prune_speed import run_process
 
+from compressllm.core.compute import cpu_name
 from compressllm.models.bundle import open_bundle
 
 HERE = Path(__file__).parent
@@ -89,6 +90,7 @@ def measure(row: str, pattern: str, ids: Path, options: argparse.Namespace, scra
     metrics = measured["metrics"]
     return {"row": row, "pattern": pattern, "perplexity": metrics["perplexity"], **result} | {
         "protocol": metrics["protocol"].replace(options.data, Path(options.data).name),
+        "cpu": cpu_name(),
         "loadavg": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

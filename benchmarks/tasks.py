@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", default="demo")
     parser.add_argument("--pruned", required=True)
+    parser.add_argument("--recovered", help="the pruned model after training")
     parser.add_argument("--task-files", nargs="+", required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=100)
@@ -135,8 +136,11 @@ def main() -> None:
         "command": "python benchmarks/tasks.py --pruned OUT --task-files DIR --limit N, see its first lines",
         "environment": environment(),
     }
+    models = {"dense": options.dense, "2:4": options.pruned}
+    if options.recovered:
+        models["2:4 recovered"] = options.recovered
     for task in tasks:
-        for name, model in (("dense", options.dense), ("2:4", options.pruned)):
+        for name, model in models.items():
             key = {"model": name, "task": task}
             have = [row for row in record["results"] if key.items() <= row.items()]
             if have and have[0]["limit"] == options.limit:

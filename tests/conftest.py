@@ -9,6 +9,7 @@ os.environ["COMPRESSLLM_MEASURE"] = "0"  # no test depends on how fast this mach
 import faulthandler
 import multiprocessing
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -158,14 +159,15 @@ def launch() -> Callable[..., list[Any]]:
     """
 
     def run(work: Callable[[int], Any], size: int = 2, seconds: float = 120) -> list[Any]:
-        # The port is the store's from the start, so no other process can take it in between.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+        # Listening before there is anything to find, so that no other process can take the port.
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
         context = multiprocessing.get_context("fork")
         processes, ends = [], []
         for rank in range(size):
             end, other = context.Pipe(duplex=False)
             process = context.Process(
-                target=_launched, args=(work, rank, size, store.port, other, 0.9 * seconds), daemon=True
+                target=_launched, args=(work, rank, size, port, other, 0.9 * seconds), daemon=True
             )
             # Forked from a thread of its own: OpenMP's threads belong to the one that used them, and a child of it
             # would wait for threads that it does not have.
@@ -175,6 +177,11 @@ def launch() -> Callable[..., list[Any]]:
             other.close()
             processes.append(process)
             ends.append(end)
+        # Its thread begins once all are forked: one that is forked while it holds a lock would wait for it for ever.
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30),
+            master_listen_fd=listening.detach(),
+        )  # fmt: skip
         deadline = time.monotonic() + seconds
         try:
             return [_outcome(end, deadline) for end in ends]
@@ -182,6 +189,7 @@ def launch() -> Callable[..., list[Any]]:
             for process in processes:
                 process.kill()
                 process.join()
+            del store
 
     return run
 
