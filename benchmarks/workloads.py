@@ -91,6 +91,7 @@ class Workloads:
         """The command line."""
         if name != "select":
             return ["compressllm", "run", str(self.scratch / f"{name}.yaml"), str(out)]
+        out.mkdir(parents=True, exist_ok=True)  # its output is a file, whose folder must be there
         pruned = str(self.scratch / "pruned")
         options = ["--teacher", self._model, "--student", pruned, "--method", "kd-gap", "--max-tokens", "32"]
         return ["compressllm", "select", str(self.scratch / "records.jsonl"), str(out / "chosen.jsonl"), *options]
@@ -104,10 +105,7 @@ class Workloads:
         out: Path | None = None,
     ) -> Ended:
         """Run a workload into ``base / "out"``; the rest is as `forked` has it."""
-        out = out or base / "out"
-        if name == "select":
-            out.mkdir(exist_ok=True)
-        return forked(self.command(name, out), base, visit, kill_after)
+        return forked(self.command(name, out or base / "out"), base, visit, kill_after)
 
 
 @functools.cache
