@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="c4")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="which windows are calibrated on; a file for each")
     parser.add_argument("--group", type=int, default=64, help="theirs wants one that divides every row")
     parser.add_argument("--data", default="wikitext2")
     parser.add_argument("--eval-seqlen", type=int, default=1024)
@@ -71,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
 
     bundle = open_bundle(options.model)
-    calibration = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen)
+    calibration = load_windows(options.calibration, bundle.tokenizer, options.samples, options.seqlen, options.seed)
     text = evaluation_windows(options.data, bundle.tokenizer, seqlen=options.eval_seqlen, limit=options.windows)
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
     record |= {
