@@ -89,8 +89,9 @@ def bench_layers(bench: LayerBench) -> Iterator[dict[str, Any]]:
         chosen = {
             form: asdict(_auto(weight, bench.pattern)) for form, weight in weights.items() if AUTO in bench.backends
         }
-        rivals = [_dense(one, shape, bench.device) for one in dense]
-        contenders, refused = _sparse(bench, weights, keep)
+        turns = len(dense) + len(bench.formats)  # at the least: some formats have several backends
+        rivals = [_dense(one, shape, bench.device, turns) for one in dense]
+        contenders, refused = _sparse(bench, weights, keep, turns)
         for tokens in bench.tokens:
             yield _measured(bench, shape, tokens, rivals, contenders) | {"refused": refused, "auto": chosen}
 
@@ -133,9 +134,9 @@ def _measured(
     }
 
 
-def _dense(baseline: Baseline, shape: tuple[int, int], device: torch.device) -> _Contender:
+def _dense(baseline: Baseline, shape: tuple[int, int], device: torch.device, turns: int) -> _Contender:
     weight = torch.randn(shape, device=device).to(torch.bfloat16)
-    copies, size = past_caches(functools.partial(baseline.pack, weight), device)
+    copies, size = past_caches(functools.partial(baseline.pack, weight), device, turns=turns)
     return _Contender(f"{baseline.format} {baseline.name}", baseline.format, baseline.linear, copies, size)
 
 
@@ -155,7 +156,7 @@ def _auto(weight: Tensor | QuantizedWeight, pattern: SparsityPattern) -> Choice:
 
 
 def _sparse(
-    bench: LayerBench, weights: Mapping[str, Tensor | QuantizedWeight], keep: Tensor
+    bench: LayerBench, weights: Mapping[str, Tensor | QuantizedWeight], keep: Tensor, turns: int
 ) -> tuple[list[_Contender], dict[str, str]]:
     """Those that run, and format and backend -> why the others do not."""
     named = [name for name in bench.backends if name != AUTO]
@@ -167,7 +168,7 @@ def _sparse(
             if reason := backend.refuses(weight, bench.pattern, wanted=name in named):
                 refused[f"{form} {name}"] = reason
                 continue
-            copies, size = packed_past_caches(backend, weight, keep)
+            copies, size = packed_past_caches(backend, weight, keep, turns=turns)
             found.append(_Contender(f"{form} {name}", form, linear_of(backend), copies, size))
     if not found and not others:
         raise BackendUnavailableError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))

@@ -76,7 +76,10 @@ def measure(
     device, columns = weight.device, weight.shape[1]
     example, keep = example_like(weight, pattern)
     used: dict[str, Backend] = {name: build(BACKENDS, name) for name in backends}
-    copies = {name: packed_past_caches(backend, example, keep, _COPIES)[0] for name, backend in used.items()}
+    copies = {
+        name: packed_past_caches(backend, example, keep, most=_COPIES, turns=len(used))[0]
+        for name, backend in used.items()
+    }
     found: dict[str, dict[int, float]] = {name: {} for name in backends}
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, device=device).to(weight.dtype)
@@ -96,7 +99,7 @@ def _to_stderr(line: str) -> None:
 
 
 def packed_past_caches(
-    backend: Backend, weight: Tensor | QuantizedWeight, keep: Tensor, most: int | None = None
+    backend: Backend, weight: Tensor | QuantizedWeight, keep: Tensor, most: int | None = None, turns: int = 1
 ) -> tuple[list[dict[str, Tensor]], int]:
     """A weight packed as often as `past_caches` says; and the bytes of one.
 
@@ -106,7 +109,7 @@ def packed_past_caches(
     def pack() -> dict[str, Tensor]:  # the dense backend keeps the very tensor it is given
         return backend.pack(weight if isinstance(weight, QuantizedWeight) else weight.clone(), keep)
 
-    return past_caches(pack, weight.device, most)
+    return past_caches(pack, weight.device, most, turns)
 
 
 def linear_of(backend: Backend) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:

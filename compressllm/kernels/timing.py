@@ -77,26 +77,33 @@ def ratio(times: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(other / own for own, other in zip(times, to, strict=True))
 
 
-def working_set(device: torch.device) -> int:
-    """Bytes to rotate over so that every read goes to memory: thrice the largest cache, at least 128 MB."""
+def working_set(device: torch.device, turns: int = 1) -> int:
+    """Bytes to rotate over so that every read goes to memory: thrice the largest cache, at least 128 MB.
+
+    Of ``turns`` calls that take turns each evicts what the others read, so together they rotate over that much. A
+    cache of hundreds of megabytes, as servers have, would otherwise have each hold gigabytes.
+    """
     if device.type == "cuda":
         cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
     else:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         cache = max((int(p.read_text().strip().removesuffix("K")) << 10 for p in sizes), default=0)
-    return max(128 << 20, _PAST_CACHES * cache)
+    return max(128 << 20, _PAST_CACHES * cache // turns)
 
 
-def past_caches(make: Callable[[], T], device: torch.device, most: int | None = None) -> tuple[list[T], int]:
+def past_caches(
+    make: Callable[[], T], device: torch.device, most: int | None = None, turns: int = 1
+) -> tuple[list[T], int]:
     """What ``make`` makes, called until it takes up `working_set`; and the bytes of one.
 
     Args:
         make: Gives a tensor, or a collection or mapping of values that has tensors in it, in memory of its own.
         most: No more than so many.
+        turns: How many calls take turns in what is timed.
     """
     copies = [make()]
     size = bytes_of(copies[0])
-    while len(copies) * size < working_set(device) and (most is None or len(copies) < most):
+    while len(copies) * size < working_set(device, turns) and (most is None or len(copies) < most):
         copies.append(make())
     return copies, size
 

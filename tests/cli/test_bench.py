@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def few_bytes(monkeypatch):
     """Nothing goes past the caches, so that it is quick."""
-    monkeypatch.setattr("compressllm.kernels.timing.working_set", lambda device: 1)
+    monkeypatch.setattr("compressllm.kernels.timing.working_set", lambda device, turns: 1)
     monkeypatch.setattr("compressllm.bench.bandwidth.BYTES", 1 << 16)
     monkeypatch.setattr("compressllm.bench.layers.BYTES", 1 << 16)
     monkeypatch.setattr("compressllm.bench.bandwidth._SECONDS", 0.0)

@@ -103,7 +103,7 @@ def test_nothing_is_measured_where_there_is_no_choice(weight, timings):
 
 
 def test_measures_every_backend_at_growing_numbers_of_tokens(weight, monkeypatch):
-    monkeypatch.setattr(timing, "working_set", lambda device: 10_000)
+    monkeypatch.setattr(timing, "working_set", lambda device, turns: 10_000)
     monkeypatch.setattr(measured, "_SECONDS", 0.0)
     found = measure(weight, PATTERN, ["dense", "reference"])
     assert found.keys() == {"dense", "reference"}
@@ -113,7 +113,7 @@ def test_measures_every_backend_at_growing_numbers_of_tokens(weight, monkeypatch
 
 
 def test_copies_go_past_the_caches_and_share_no_memory(weight, monkeypatch):
-    monkeypatch.setattr(timing, "working_set", lambda device: 10_000)
+    monkeypatch.setattr(timing, "working_set", lambda device, turns: 10_000)
     copies, size = packed_past_caches(Dense(), weight, PATTERN.keep(weight.float()))
     assert (len(copies), size) == (10, 1024)
     assert len({packed["weight"].data_ptr() for packed in copies}) == 10

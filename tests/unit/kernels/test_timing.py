@@ -52,3 +52,8 @@ def test_copies_are_made_one_by_one_until_they_are_past_the_caches_or_too_many()
     assert (len(copies) - 1) * size < working_set(CPU) <= len(copies) * size
     assert len({one["a"].data_ptr() for one in copies}) == len(copies)
     assert len(past_caches(lambda: [torch.empty(4)], CPU, most=7)[0]) == 7
+
+
+def test_those_that_take_turns_share_the_working_set():
+    assert working_set(CPU, turns=1000) == 128 << 20
+    assert working_set(CPU, turns=4) >= working_set(CPU) // 4
