@@ -16,4 +16,4 @@ INLINE void expand(tile_words *to, const char *blocks, int64_t count, const char
     }
 }
 
-WIDE_KERNEL(bf16wide)
+WIDE_KERNEL(bf16wide, expand)

@@ -14,4 +14,4 @@ static void expand(tile_words *to, const char *blocks, int64_t count) {
             }
 }
 
-WIDE_KERNEL(bf16wide)
+WIDE_KERNEL(bf16wide, expand)

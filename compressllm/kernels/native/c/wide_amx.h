@@ -1,7 +1,7 @@
 /* The product of wide formats on AMX. The including file defines
  *   expand(tile_words *to, const char *blocks, int64_t count, const char *next)
  *          `count` blocks of a row block as dense tiles; next: what to have in a cache by the next call, or NULL
- * and then WIDE_KERNEL(format). */
+ * and then WIDE_KERNEL(format, expand). */
 #include "wide.h"
 
 #include <immintrin.h>
@@ -25,9 +25,23 @@ static const struct tile_config FULL_TILES = {
 #define WRITTEN() __asm__ volatile("" ::: "memory")
 enum { TILE_WORDS = TILE * BLOCK_ROWS, TILE_INPUTS = TILE * TILE_COLUMNS };
 
+/* What is to come into a cache, a few lines at a time: more at once than can be on their way would hold up the rest. */
+struct ahead {
+    const char *at[2];
+    int64_t lines; /* a step, of each */
+};
+
+INLINE void fetch(struct ahead *ahead) {
+    for (int64_t line = 0; line < ahead->lines; line++, ahead->at[0] += 64, ahead->at[1] += 64) {
+        __builtin_prefetch(ahead->at[0], 0, 2);
+        __builtin_prefetch(ahead->at[1], 0, 2);
+    }
+}
+
 /* Add to the sums of one or two token tiles, by two row blocks, their products over `steps` column tiles. Each tile
  * loaded is multiplied by two. */
-INLINE void multiply(float *sums, const uint16_t *x, const tile_words *dense, int64_t steps, const int two, int first) {
+INLINE void multiply(float *sums, const uint16_t *x, const tile_words *dense, int64_t steps, const int two, int first,
+                     struct ahead *ahead) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -42,6 +56,7 @@ INLINE void multiply(float *sums, const uint16_t *x, const tile_words *dense, in
         }
     }
     for (int64_t i = 0; i < steps; i++, x += TILE_INPUTS) {
+        fetch(ahead);
         _tile_loadd(4, x, 64);
         _tile_loadd(6, dense[i], 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -89,33 +104,37 @@ INLINE void finish(const struct panel *panel, const float *sums, int64_t token) 
                                                               _mm512_add_ps(_mm512_load_ps(sums), first)));
 }
 
-#define WIDE_KERNEL(format)                                                                                   \
-    void format##_tile_amx(const struct panel *panel) {                                                       \
-        _Alignas(64) tile_words dense[2 * PANEL_TILES];                                                       \
-        expand(dense, panel->blocks[0], panel->count, panel->next[0]);                                        \
-        if (panel->blocks[1]) expand(dense + PANEL_TILES, panel->blocks[1], panel->count, panel->next[1]);    \
-        else memset(dense + PANEL_TILES, 0, sizeof *dense * (size_t)panel->column_tiles);                     \
-        multiply_all(panel, dense);                                                                           \
-    }
-
 static void multiply_all(const struct panel *panel, const tile_words *dense) {
-    WRITTEN();
-    _tile_loadconfig(&FULL_TILES);
     const uint16_t *x = panel->x;
     float *sums = panel->sums;
     int64_t steps = panel->column_tiles, tile = 0;
+    struct ahead ahead = {{panel->next[0], panel->next[1]}, 0};
+    if (panel->token_tiles > FEW_TILES && panel->next[1]) /* of few tokens, what expands has them fetched */
+        ahead.lines = panel->next_bytes / (64 * steps * (panel->token_tiles / 2)) + 1;
+    if (panel->begin) _tile_loadconfig(&FULL_TILES);
+    WRITTEN();
     for (; tile + 2 <= panel->token_tiles; tile += 2, x += 2 * steps * TILE_INPUTS, sums += 4 * TILE_WORDS) {
-        multiply(sums, x, dense, steps, 1, panel->first);
-        if (panel->last) {
-            WRITTEN();
-            finish(panel, sums, tile * TILE);
-            finish(panel, sums + 2 * TILE_WORDS, tile * TILE + TILE);
-        }
+        multiply(sums, x, dense, steps, 1, panel->first, &ahead);
+        if (!panel->last) continue;
+        WRITTEN();
+        finish(panel, sums, tile * TILE);
+        finish(panel, sums + 2 * TILE_WORDS, tile * TILE + TILE);
     }
     if (tile < panel->token_tiles) {
-        multiply(sums, x, dense, steps, 0, panel->first);
+        multiply(sums, x, dense, steps, 0, panel->first, &ahead);
         WRITTEN();
         if (panel->last) finish(panel, sums, tile * TILE);
     }
-    _tile_release();
+    if (panel->end) _tile_release();
 }
+
+#define WIDE_KERNEL(format, expand)                                                                            \
+    void format##_tile_amx(const struct panel *panel) {                                                        \
+        _Alignas(64) tile_words dense[2 * PANEL_TILES];                                                        \
+        int few = panel->token_tiles <= FEW_TILES;                                                             \
+        expand(dense, panel->blocks[0], panel->count, few ? panel->next[0] : NULL);                            \
+        if (panel->blocks[1])                                                                                  \
+            expand(dense + PANEL_TILES, panel->blocks[1], panel->count, few ? panel->next[1] : NULL);          \
+        else memset(dense + PANEL_TILES, 0, sizeof *dense * (size_t)panel->column_tiles);                      \
+        multiply_all(panel, dense);                                                                            \
+    }

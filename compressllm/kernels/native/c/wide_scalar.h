@@ -1,5 +1,5 @@
 /* The product of wide formats without vector instructions: what the others are compared with. The including file
- * defines expand(tile_words *to, const char *blocks, int64_t count), and then WIDE_KERNEL(format). */
+ * defines expand(tile_words *to, const char *blocks, int64_t count), and then WIDE_KERNEL(format, expand). */
 #include "wide.h"
 
 /* Add to the sums of one token tile and one row block their products over `steps` column tiles, each summed first:
@@ -41,7 +41,7 @@ static void multiply_all(const struct panel *panel, const tile_words *dense, int
     }
 }
 
-#define WIDE_KERNEL(format)                                       \
+#define WIDE_KERNEL(format, expand)                                       \
     void format##_tile_scalar(const struct panel *panel) {        \
         for (int half = 0; half < 2 && panel->blocks[half]; half++) { \
             tile_words dense[PANEL_TILES];                        \

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compressllm.kernels.native import bf16
+from compressllm.core.quantized import QuantizedWeight, quantize_absmax
+from compressllm.kernels.native import bf16, integer
 from compressllm.kernels.native.library import library
 
 SHAPES = [(64, 128), (1, 36), (33, 40), (50, 1000), (300, 544), (48, 14336)]
@@ -55,6 +56,34 @@ def test_bf16_errs_no_more_than_twice_what_torch_errs(awkward, isa, shape):
     compare(lambda x, bias: library().linear(kernel, x, blocks, bias, shape[0]), weight, isa)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_errs_no_more_than_twice_what_torch_errs(awkward, isa, bits, group):
+    for rows, columns in ((33, 40), (50, 1000), (300, 544)):
+        weight, keep = awkward(rows, columns)
+        weight[:, :group] = 0  # scales of zero
+        made = quantize_absmax(weight, keep, bits, group)
+        lowest = torch.where(keep & (torch.rand(keep.shape) < 0.1), -(2 ** (bits - 1)), made.codes).to(torch.int8)
+        made = QuantizedWeight(lowest, made.scales, bits, group)
+        blocks = integer.pack(made, keep)
+        kernel = library().kernel(integer.Layout(bits, group).wide, isa)
+        dense = integer.unpack(blocks, rows, columns).bfloat16()
+        if kernel.block_columns == integer.layout_of(columns, bits, group).group:
+            compare(lambda x, bias, k=kernel, b=blocks, r=rows: library().linear(k, x, b, bias, r), dense, isa)
+
+
+def test_both_operators_of_quantised_weights_take_it(awkward):
+    if "amx" not in library().isas:
+        pytest.skip(library().refused["amx"])
+    weight, keep = awkward(64, 256)
+    made = quantize_absmax(weight, keep, 4, 64)
+    blocks, x = integer.pack(made, keep), torch.randn(40, 256).bfloat16()
+    results = [integer.linear(x, blocks, None, 64, exact) for exact in (True, False)]
+    assert torch.equal(*results)
+    exact = x.double() @ made.dequantize().bfloat16().double().T
+    assert (results[0] - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
 def test_sums_and_outputs_of_float32(awkward, isa):
     weight, keep = awkward(50, 600)
     x, bias = torch.randn(19, 600).bfloat16().float(), torch.randn(50)
@@ -78,6 +107,8 @@ def test_the_number_of_threads_changes_no_bit(awkward):
     for tokens in (9, 20, 140):
         x = torch.randn(tokens, 1056).bfloat16()
         same_on_any_threads(lambda x=x: bf16.linear(x, blocks, None, 1000))
+    quantised = integer.pack(quantize_absmax(weight, keep, 8, 32), keep)
+    same_on_any_threads(lambda: integer.linear(x, quantised, None, 1000, exact=False))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
