@@ -26,6 +26,7 @@ FORMATS = {"avx2": "bf16", "avx512": "bf16", "neon": "bf16", "amx": "bf16wide"}
 #: What the sources include -> the emulation of it, and what it lacks.
 HEADERS = {
     "immintrin.h": """
+        #pragma once
         #define SIMDE_ENABLE_NATIVE_ALIASES
         #include <simde/x86/avx512.h>
         #include <simde/x86/f16c.h>
