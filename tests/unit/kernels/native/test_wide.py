@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from compressllm.core.quantized import QuantizedWeight, quantize_absmax
-from compressllm.kernels.native import bf16, integer
+from compressllm.kernels.native import bf16, bitmask, integer
 from compressllm.kernels.native.library import library
 
 SHAPES = [(64, 128), (1, 36), (33, 40), (50, 1000), (300, 544), (48, 14336)]
@@ -72,6 +72,14 @@ def test_quantised_errs_no_more_than_twice_what_torch_errs(awkward, isa, bits, g
             compare(lambda x, bias, k=kernel, b=blocks, r=rows: library().linear(k, x, b, bias, r), dense, isa)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (20, 3)], ids=str)
+def test_unstructured_errs_no_more_than_twice_what_torch_errs(isa, shape):
+    keep = torch.rand(shape) < torch.linspace(1.0, 0.0, shape[0]).unsqueeze(1)  # from all kept to none
+    weight = (torch.randn(shape) / shape[1] ** 0.5).bfloat16().masked_fill(~keep, 0)
+    blocks, kernel = bitmask.pack(weight, keep), library().kernel("bitmaskwide", isa)
+    compare(lambda x, bias: library().linear(kernel, x, blocks, bias, shape[0]), weight, isa)
+
+
 def test_both_operators_of_quantised_weights_take_it(awkward):
     if "amx" not in library().isas:
         pytest.skip(library().refused["amx"])
@@ -107,6 +115,8 @@ def test_the_number_of_threads_changes_no_bit(awkward):
     for tokens in (9, 20, 140):
         x = torch.randn(tokens, 1056).bfloat16()
         same_on_any_threads(lambda x=x: bf16.linear(x, blocks, None, 1000))
+    unstructured = bitmask.pack(weight, keep)
+    same_on_any_threads(lambda: bitmask.linear(x, unstructured, None, 1000))
     quantised = integer.pack(quantize_absmax(weight, keep, 8, 32), keep)
     same_on_any_threads(lambda: integer.linear(x, quantised, None, 1000, exact=False))
 
@@ -121,3 +131,14 @@ def test_an_input_that_is_not_finite_reaches_all_outputs_of_its_token_and_no_oth
     y = library().linear(kernel, x, bf16.pack(torch.ones(40, 64).bfloat16() * keep, keep), None, 40)
     assert not y[17].isfinite().any()
     assert torch.equal(y[torch.arange(20) != 17], torch.full((19, 40), 16.0).bfloat16())
+
+
+def test_unstructured_with_many_tokens_compiles_into_one_graph():
+    keep = torch.rand(40, 300) < 0.5
+    blocks = bitmask.pack(torch.randn(40, 300).bfloat16().masked_fill(~keep, 0), keep)
+
+    def model(x):
+        return torch.relu(bitmask.linear(x, blocks, None, 40))
+
+    x = torch.randn(100, 300).bfloat16()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
