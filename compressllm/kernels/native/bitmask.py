@@ -28,8 +28,8 @@ _library.define("bitmask_expand(Tensor blocks, int first, int last, int columns)
 def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """(..., in) -> (..., rows).
 
-    For many tokens the weight is expanded in a cache and multiplied by a matrix unit; where there is none, or the inputs
-    are not bfloat16, it is expanded some rows at a time, and torch multiplies.
+    For many tokens the weight is expanded in a cache and multiplied by a matrix unit; where there is none, or the
+    inputs are not bfloat16, it is expanded some rows at a time, and torch multiplies.
     """
     columns = x.shape[-1]
     if x.numel() <= _FEW_TOKENS * columns or (x.dtype == torch.bfloat16 and _has_wide()):

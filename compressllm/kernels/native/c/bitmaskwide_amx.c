@@ -45,7 +45,7 @@ INLINE void expand(tile_words *to, const char *blocks, int64_t count, const char
                 uint32_t kept;
                 memcpy(&kept, bits + MASK_ROW_BYTES * r + 4 * tile, sizeof kept);
                 row[r] = _mm512_maskz_expand_epi16(kept, _mm512_loadu_si512(values[r]));
-                values[r] += sizeof(uint16_t) * (size_t)_mm_popcnt_u32(kept);
+                values[r] += sizeof(uint16_t) * (size_t)__builtin_popcount(kept);
             }
             transpose(*to, row);
         }

@@ -18,6 +18,7 @@
  *   F.c      defines `const struct format F_format` and what its layout needs (packing), compiled for any machine
  *   F_I.c    defines `tile_fn F_tile_I`, compiled with the flags of I; F_scalar.c must exist and is the oracle that the
  *            others are compared with before their first use
+ * wide.h says how many tokens are computed, by other kernels of the same blocks.
  * `native/isa.py` lists the instruction sets. A set without a kernel for F uses that of the next lower set.
  */
 #ifndef COMPRESSLLM_KERNEL_H

@@ -55,6 +55,14 @@ HEADERS = {
         }
         #undef _mm512_cvtne2ps_pbh
         #define _mm512_cvtne2ps_pbh cvtne2ps
+        static inline __m512i expand_words(uint32_t kept, __m512i a) {
+            uint16_t from[32], to[32] = {0};
+            simde_mm512_storeu_si512(from, a);
+            for (int i = 0, next = 0; i < 32; i++) if (kept >> i & 1) to[i] = from[next++];
+            return simde_mm512_loadu_si512(to);
+        }
+        #undef _mm512_maskz_expand_epi16
+        #define _mm512_maskz_expand_epi16 expand_words
         static struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
         static uint8_t tile[8][16][64];
         static void _tile_loadconfig(const void *from) { memcpy(&tiles, from, 64); memset(tile, 0xFF, sizeof tile); }
