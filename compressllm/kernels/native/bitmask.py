@@ -18,7 +18,7 @@ _OVERREAD = 64  # bytes that a kernel may read past the last value
 _FEW_TOKENS = 64  # up to which reading less makes up for a product that is slower than torch's
 _EXPANDED = 16  # row blocks at a time: 4 MiB of 4096 columns
 
-MANY_TOKENS = 4  # from here on a matrix unit is faster than vectors; measured on AMX
+MANY_TOKENS = 6  # from here on a matrix unit is faster than vectors; measured on AMX
 
 _linear = define_linear("bitmask", "bitmaskwide", MANY_TOKENS)
 _library: Any = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
