@@ -99,13 +99,13 @@ static void prepare_tokens(const struct job *job, char *to, const char *x, int64
  * Sums are float32 and rounded once. Returns 0, or 1 if there is no memory for the prepared inputs. */
 int linear(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias, const void *blocks,
            int64_t tokens, int64_t rows, int64_t columns, int type) {
+    if (!tokens) return 0;
     if (format->linear) return format->linear(format, tile, y, x, bias, blocks, tokens, rows, columns, type);
     int64_t column_blocks = (columns + format->block_columns - 1) / format->block_columns;
     int64_t row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t token_bytes = format->x_bytes * column_blocks, size = type == FLOAT32 ? 4 : 2;
     int64_t tile_bytes = token_bytes * format->tile_tokens, tiles = SCRATCH_BYTES / tile_bytes;
     int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, (tiles < 1 ? 1 : tiles) * format->tile_tokens));
-    if (!tokens) return 0;
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};
