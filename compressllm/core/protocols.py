@@ -180,7 +180,7 @@ class Backend(Protocol):
     """Computes a linear from a packed weight, which may be a quantised one: a backend that cannot refuses it.
 
     ``rank`` orders backends by how fast they are where they run; ``auto`` takes the highest that does not refuse.
-    ``rounds_inputs`` says whether beside integer weights it rounds the inputs to 8 bits itself.
+    ``rounds_inputs`` says whether beside integer weights it rounds the inputs to 8 bits itself, of few tokens at least.
     """
 
     rank: ClassVar[int]

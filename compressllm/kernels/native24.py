@@ -26,9 +26,13 @@ class Native:
     an error of half a percent where inputs are normally distributed, of more beside an outlier. ``native-exact`` does
     not round them.
 
+    Where the processor has AMX, bfloat16 inputs of many tokens, from 4 on beside bf16 weights and from 9 on beside
+    integers, are multiplied as they are. Weights are expanded for it while they lie in a cache; integers times their
+    scales are rounded to bfloat16, which is what a dense bfloat16 linear has.
+
     Sums are float32 and rounded once; they do not depend on the number of threads. An infinite or NaN input makes NaN
-    or infinite those outputs whose rows keep its column, where a dense product makes NaN all of them. A group of four
-    that keeps fewer than two weights may keep a zero in its stead, at any column of the group.
+    or infinite those outputs whose rows keep its column, where a dense product, and that for many tokens, makes NaN all
+    of them. A group of four that keeps fewer than two weights may keep a zero in its stead, at any column of the group.
     """
 
     rank: ClassVar[int] = 10
@@ -82,7 +86,10 @@ class Native:
 @BACKENDS.register("native-exact")
 @dataclass(frozen=True)
 class NativeExact(Native):
-    """Quantised 2:4 on CPUs by C kernels that multiply the inputs as they are, about half as fast as ``native``."""
+    """Quantised 2:4 on CPUs by C kernels that multiply the inputs as they are, about half as fast as ``native``.
+
+    With many tokens, from 6 on, where the processor has AMX, it is the same as ``native``.
+    """
 
     rank: ClassVar[int] = 9
     rounds_inputs: ClassVar[bool] = False

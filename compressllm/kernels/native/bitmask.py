@@ -18,15 +18,21 @@ _OVERREAD = 64  # bytes that a kernel may read past the last value
 _FEW_TOKENS = 64  # up to which reading less makes up for a product that is slower than torch's
 _EXPANDED = 16  # row blocks at a time: 4 MiB of 4096 columns
 
-_linear = define_linear("bitmask")
+MANY_TOKENS = 6  # from here on a matrix unit is faster than vectors; measured on AMX
+
+_linear = define_linear("bitmask", "bitmaskwide", MANY_TOKENS)
 _library: Any = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("bitmask_expand(Tensor blocks, int first, int last, int columns) -> Tensor")
 
 
 def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """(..., in) -> (..., rows). For many tokens the weight is expanded, some rows at a time, and torch multiplies."""
+    """(..., in) -> (..., rows).
+
+    For many tokens the weight is expanded in a cache and multiplied by a matrix unit; where there is none, or the
+    inputs are not bfloat16, it is expanded some rows at a time, and torch multiplies.
+    """
     columns = x.shape[-1]
-    if x.numel() <= _FEW_TOKENS * columns:
+    if x.numel() <= _FEW_TOKENS * columns or (x.dtype == torch.bfloat16 and _has_wide()):
         return _linear(x, blocks, bias, rows)
     wide = x.float()
     parts = []
@@ -35,6 +41,11 @@ def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         parts.append(functional.linear(wide, part))
     y = torch.cat(parts, -1)[..., :rows]
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_wide() -> bool:
+    return library().kernel("bitmaskwide").isa != "scalar"
 
 
 def pack(weight: Tensor, keep: Tensor) -> Tensor:
@@ -90,4 +101,4 @@ def _sample(loaded: Library) -> tuple[Tensor, int, int]:
     return _pack(loaded, torch.randn(rows, columns, generator=random).bfloat16(), keep), rows, columns
 
 
-SAMPLES["bitmask"] = _sample
+SAMPLES["bitmask"] = SAMPLES["bitmaskwide"] = _sample

@@ -36,6 +36,11 @@ class Layout:
         return f"int{self.bits}_g{self.group}"
 
     @property
+    def wide(self) -> str:
+        """The format for many tokens, of the same blocks."""
+        return f"{self.name}wide"
+
+    @property
     def block_bytes(self) -> int:
         """Of 16 rows and ``group`` columns: float16 scales, two bits of position and the code of each kept weight."""
         return 2 * _ROWS + self.group // _SPAN * _ROWS * (4 + _SPAN // 2 * self.bits // 8)
@@ -44,8 +49,11 @@ class Layout:
 _LAYOUTS = {
     layout.block_bytes: layout for bits in (8, 4) for group in (32, 64, 128) for layout in [Layout(bits, group)]
 }
-_ROUNDED = {size: define_linear(layout.name) for size, layout in _LAYOUTS.items()}
-_EXACT = {size: define_linear(f"{layout.name}_exact") for size, layout in _LAYOUTS.items()}
+#: Tokens from which a matrix unit is faster than vectors that round the inputs, or do not; measured on AMX.
+MANY_ROUNDED, MANY_EXACT = 9, 6
+
+_ROUNDED = {size: define_linear(one.name, one.wide, MANY_ROUNDED) for size, one in _LAYOUTS.items()}
+_EXACT = {size: define_linear(f"{one.name}_exact", one.wide, MANY_EXACT) for size, one in _LAYOUTS.items()}
 
 
 def refuses(weight: QuantizedWeight) -> str | None:
@@ -107,6 +115,9 @@ def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int, exact: boo
     Args:
         exact: Multiply the inputs as they are. Otherwise each token's are first rounded to int8, 32 columns at a time,
             to multiples of a 127th of the largest; an input that is not finite then makes all outputs of its token NaN.
+
+    On AMX, `MANY_ROUNDED` or `MANY_EXACT` and more tokens in bfloat16 are multiplied as they are in either case, by
+    weights that are rounded to bfloat16.
     """
     operators: dict[int, Operator] = _EXACT if exact else _ROUNDED
     return operators[blocks.shape[-1]](x, blocks, bias, rows)
@@ -139,4 +150,5 @@ def _sample(layout: Layout, loaded: Library) -> tuple[Tensor, int, int]:
 
 
 for _layout in _LAYOUTS.values():
-    SAMPLES[_layout.name] = SAMPLES[f"{_layout.name}_exact"] = functools.partial(_sample, _layout)
+    for _name in (_layout.name, f"{_layout.name}_exact", _layout.wide):
+        SAMPLES[_name] = functools.partial(_sample, _layout)

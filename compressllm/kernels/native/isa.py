@@ -34,7 +34,7 @@ ISAS = (
     ISA("avx2", _AVX2, _X86),
     ISA("avx512", _AVX512, _X86),
     ISA("avx512vnni", _VNNI, _X86),
-    ISA("amx", (*_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _X86),
+    ISA("amx", (*_VNNI, "-mpopcnt", "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _X86),
 )
 
 

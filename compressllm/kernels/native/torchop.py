@@ -15,18 +15,17 @@ from compressllm.kernels.native.library import Kernel, Library, library
 Operator = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 # Not torch.library.custom_op: its checks take longer at every call than a small linear does.
-_MANY_TOKENS = 8  # from here on a matrix unit, half idle, is faster than vectors
 _library: Any = torch.library.Library("compressllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_linear(format: str, wide: str | None = None) -> Operator:
+def define_linear(format: str, wide: str | None = None, many: int = 0) -> Operator:
     """Define ``torch.ops.compressllm.{format}_linear``, y = x W^T + b for blocks of that format.
 
     x and y are float32 or bfloat16; float16 is computed as float32. Has no gradient.
 
     Args:
         wide: A format of the same blocks, whose kernel is taken where it has one above ``scalar``, for bfloat16 inputs
-            of many tokens.
+            of ``many`` tokens or more.
 
     Returns: What to call: it goes through the operator while torch traces, and past torch's dispatcher, which takes
         longer than a small linear, otherwise.
@@ -41,9 +40,9 @@ def define_linear(format: str, wide: str | None = None) -> Operator:
         return loaded, loaded.kernel(format), other if other and other.isa != "scalar" else None
 
     def compute(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        loaded, kernel, many = found()
-        if many and x.dtype == torch.bfloat16 and x.numel() >= _MANY_TOKENS * x.shape[-1]:
-            return loaded.linear(many, x, blocks, bias, rows)
+        loaded, kernel, other = found()
+        if other and x.dtype == torch.bfloat16 and x.numel() >= many * x.shape[-1]:
+            return loaded.linear(other, x, blocks, bias, rows)
         if x.dtype == torch.float16:
             return loaded.linear(kernel, x.float(), blocks, bias, rows).to(x.dtype)
         return loaded.linear(kernel, x, blocks, bias, rows)

@@ -39,8 +39,8 @@ int cpu_has(const char *isa) {
     if (!strcmp(isa, "avx2")) return avx2;
     if (!strcmp(isa, "avx512")) return avx512;
     if (!strcmp(isa, "avx512vnni")) return vnni;
-    if (!strcmp(isa, "amx")) /* BF16, TILE, INT8, and AVX512_BF16 beside them */
-        return vnni && has(more, EAX, 5) && has(seven, EDX, 22) && has(seven, EDX, 24) && has(seven, EDX, 25) &&
+    if (!strcmp(isa, "amx")) /* BF16, TILE, INT8, and AVX512_BF16 and _VBMI2 beside them */
+        return vnni && has(more, EAX, 5) && has(seven, ECX, 6) && has(seven, EDX, 22) && has(seven, EDX, 24) && has(seven, EDX, 25) &&
                (xcr0 & 0x60000) == 0x60000 && may_use_amx();
     return 0;
 }

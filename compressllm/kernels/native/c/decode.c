@@ -4,9 +4,6 @@
 
 #include <math.h>
 
-int linear(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias, const void *blocks,
-           int64_t tokens, int64_t rows, int64_t columns, int type);
-
 typedef void rows_fn(float *y, const float *x, const void *weights, const int32_t *index, int64_t active,
                      int64_t columns, int64_t tokens, int type); /* those of active.h */
 

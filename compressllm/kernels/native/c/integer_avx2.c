@@ -9,12 +9,14 @@ typedef __m256i ints, place;
 #define load _mm256_loadu_ps
 #define store _mm256_storeu_ps
 #define add _mm256_add_ps
+#define mul _mm256_mul_ps
 #define fma _mm256_fmadd_ps
 #define set1 _mm256_set1_ps
 #define to_float _mm256_cvtepi32_ps
 #define load_half(from) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from)))
 #define load_ints(from) _mm256_loadu_si256((const __m256i *)(from))
-#define field(codes, left, bits) _mm256_srai_epi32(_mm256_slli_epi32(codes, left), 32 - (bits))
+#define CODE_UNIT(bits) 1.0f
+#define code_at(codes, at, bits) to_float(_mm256_srai_epi32(_mm256_slli_epi32(codes, 32 - (at) - (bits)), 32 - (bits)))
 #define position(positions, shift) _mm256_srli_epi32(positions, shift) /* vpermilps reads the low two bits of a lane */
 #define four(from) _mm256_broadcast_ps((const __m128 *)(from))
 #define pick _mm256_permutevar_ps

@@ -9,15 +9,31 @@ typedef __m512i ints, place;
 #define load _mm512_loadu_ps
 #define store _mm512_storeu_ps
 #define add _mm512_add_ps
+#define mul _mm512_mul_ps
 #define fma _mm512_fmadd_ps
 #define set1 _mm512_set1_ps
 #define to_float _mm512_cvtepi32_ps
 #define load_half(from) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from)))
 #define load_ints(from) _mm512_loadu_si512(from)
-#define field(codes, left, bits) _mm512_srai_epi32(_mm512_slli_epi32(codes, left), 32 - (bits))
 #define position(positions, shift) _mm512_srli_epi32(positions, shift) /* vpermilps reads the low two bits of a lane */
 #define four(from) _mm512_broadcast_f32x4(_mm_loadu_ps(from))
 #define pick _mm512_permutevar_ps
+
+/* Shifts, and conversions, run on one of two ports only; with shuffles in their stead the other has as much to do.
+ * In int8 the code is made the highest byte of an integer, in int4 it is the index of its float. */
+#define CODE_UNIT(bits) ((bits) == 8 ? 16777216.0f : 1.0f)
+static inline __attribute__((always_inline)) __m512 code_at(__m512i codes, const int at, const int bits) {
+    if (bits == 4) {
+        const __m512 of_half = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+        return _mm512_permutexvar_ps(at ? _mm512_srli_epi32(codes, at) : codes, of_half);
+    }
+    __m512i top = at == 0    ? _mm512_slli_epi32(codes, 24)
+                  : at == 24 ? _mm512_and_si512(codes, _mm512_set1_epi32((int)0xFF000000))
+                             : _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(_mm_setr_epi8(
+                                   -1, -1, -1, at / 8, -1, -1, -1, 4 + at / 8, -1, -1, -1, 8 + at / 8, -1, -1, -1,
+                                   12 + at / 8)));
+    return _mm512_cvtepi32_ps(top);
+}
 
 /* Byte shuffle indices into 8 inputs; codes raised by 128 or 8, since vpdpbusd multiplies unsigned by signed bytes. */
 struct steps {

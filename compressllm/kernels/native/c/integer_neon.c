@@ -10,12 +10,15 @@ typedef uint8x16_t place, quad;
 #define load vld1q_f32
 #define store vst1q_f32
 #define add vaddq_f32
+#define mul vmulq_f32
 #define fma(a, b, c) vfmaq_f32(c, a, b)
 #define set1 vdupq_n_f32
 #define to_float vcvtq_f32_s32
 #define load_half(from) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))
 #define load_ints(from) vld1q_s32((const int32_t *)(from))
-#define field(codes, left, bits) vshlq_s32(vshlq_s32(codes, vdupq_n_s32(left)), vdupq_n_s32((bits) - 32))
+#define CODE_UNIT(bits) 1.0f
+#define code_at(codes, at, bits) \
+    to_float(vshlq_s32(vshlq_s32(codes, vdupq_n_s32(32 - (at) - (bits))), vdupq_n_s32((bits) - 32)))
 #define four(from) vreinterpretq_u8_f32(vld1q_f32(from))
 #define pick(x4, bytes) vreinterpretq_f32_u8(vqtbl1q_u8(x4, bytes))
 

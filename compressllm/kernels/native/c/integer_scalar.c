@@ -1,27 +1,5 @@
 /* Quantised 2:4 without vector instructions: the floor, and what the others are compared with. */
-#include "integer.h"
-
-static float from_float16(uint16_t bits) {
-    int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    if (exponent == 31) return fraction ? __builtin_nanf("") : bits >> 15 ? -__builtin_inff() : __builtin_inff();
-    uint32_t power = (uint32_t)(exponent ? exponent : 1) + 127 - 15 - 10; /* of the lowest bit of the fraction */
-    float value = (float)(exponent ? fraction | 1024 : fraction), scale;
-    power <<= 23;
-    memcpy(&scale, &power, sizeof scale);
-    return bits >> 15 ? -value * scale : value * scale;
-}
-
-/* Of row r, step j and slot s: the code, and the column within the span. */
-static int code_of(const uint8_t *span, int bits, int r, int j, int s) {
-    const uint8_t *codes = span + POSITIONS_BYTES + 4 * r + s;
-    if (bits == 8) return (int8_t)codes[4 * BLOCK_ROWS * j];
-    int half = codes[4 * BLOCK_ROWS * (j / 2)] >> 4 * (j % 2) & 15;
-    return half - (half & 8) * 2;
-}
-
-static int column_of(const uint8_t *span, int r, int j, int s) {
-    return 4 * (2 * j + s / 2) + (span[4 * r + s] >> 2 * j & 3);
-}
+#include "integer_scalar.h"
 
 static void rounded(float *sums, int64_t stride, const void *x, const void *blocks, int64_t count, int tokens, int bits,
                     int spans) {

@@ -1,5 +1,5 @@
 /* Quantised 2:4 on vectors. The including file defines, for its instruction set:
- *   LANES, vec (float lanes), ints (int32 lanes), zero, load, store, add, fma (a * b + c), set1
+ *   LANES, vec (float lanes), ints (int32 lanes), zero, load, store, add, mul, fma (a * b + c), set1
  *   to_float          int32 lanes as float
  *   load_half         LANES float16 numbers as float
  *   struct steps      what is made of the positions and codes of LANES rows and one span, for any number of tokens
@@ -7,7 +7,7 @@
  *   dot               sum of code * input over a span, exact: int32 lanes, from 32 int8 inputs
  * and for float inputs
  *   load_ints         LANES int32
- *   field             bits left .. left + bits - 1 of each lane, counted from the highest, sign-extended
+ *   code_at           the code of `bits` bits from bit `at` of each lane on, as a float times CODE_UNIT(bits)
  *   position, four, quad, pick, VECTORS    as in bf16_tile.h
  */
 #include "integer.h"
@@ -79,7 +79,7 @@ INLINE void exact_of(float *sums, int64_t stride, const float *inputs, const cha
                         ints codes = load_ints(at + POSITIONS_BYTES + 4 * BLOCK_ROWS * (bits == 8 ? j : j / 2));
 #pragma GCC unroll 4
                         for (int s = 0; s < 4; s++) {
-                            vec code = to_float(field(codes, 32 - 8 * s - bits * (bits == 8 ? 1 : 1 + j % 2), bits));
+                            vec code = code_at(codes, 8 * s + (bits == 8 ? 0 : 4 * (j % 2)), bits);
                             place where = position(positions, 8 * s + 2 * j);
 #pragma GCC unroll 8
                             for (int t = 0; t < tokens; t++) {
@@ -90,7 +90,7 @@ INLINE void exact_of(float *sums, int64_t stride, const float *inputs, const cha
                     }
             }
             for (int v = 0; v < vectors; v++) {
-                vec scale = load_half(scales + (part + v) * LANES);
+                vec scale = mul(load_half(scales + (part + v) * LANES), set1(1.0f / CODE_UNIT(bits)));
                 for (int t = 0; t < tokens; t++) total[t][part + v] = fma(sum[t][v], scale, total[t][part + v]);
             }
         }

@@ -18,11 +18,13 @@
  *   F.c      defines `const struct format F_format` and what its layout needs (packing), compiled for any machine
  *   F_I.c    defines `tile_fn F_tile_I`, compiled with the flags of I; F_scalar.c must exist and is the oracle that the
  *            others are compared with before their first use
+ * wide.h says how many tokens are computed, by other kernels of the same blocks.
  * `native/isa.py` lists the instruction sets. A set without a kernel for F uses that of the next lower set.
  */
 #ifndef COMPRESSLLM_KERNEL_H
 #define COMPRESSLLM_KERNEL_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -37,6 +39,14 @@ typedef void tile_fn(float *sums, int64_t stride, const void *x, const void *blo
  * the last column. x: (tokens, columns) of `type`, contiguous. */
 typedef void prepare_fn(void *prepared, const void *x, int type, int64_t columns, int tokens);
 
+struct format;
+
+/* y (tokens, rows) = x (tokens, columns) W^T + bias (rows) or NULL, all contiguous and of `type`. Sums are float32 and
+ * rounded once. Returns 0, or 1 if there is no memory for the prepared inputs. */
+typedef int linear_fn(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias,
+                      const void *blocks, int64_t tokens, int64_t rows, int64_t columns, int type);
+linear_fn linear;
+
 /* columns_at_once, a multiple of block_columns: how many one call of a kernel sums, before they are added to what came
  * before. The inputs of many tokens for so many columns should fit into a cache.
  * block_bytes is 0 where blocks differ in size; their int64 offsets [row block][block of columns] are then what
@@ -45,7 +55,16 @@ struct format {
     int64_t block_columns, block_bytes, x_bytes, columns_at_once;
     int64_t tile_tokens; /* the most tokens a kernel is given at once, up to 128 */
     prepare_fn *prepare;
+    linear_fn *linear; /* of formats for many tokens, see wide.h; NULL for others */
 };
+
+int64_t threads(void); /* that torch is set to use */
+
+/* Memory of the calling thread, 64-byte aligned, kept for its next call and freed when it ends; NULL if there is none
+ * to be had. */
+void *scratch_of_thread(size_t size);
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;

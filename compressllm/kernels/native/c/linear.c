@@ -1,8 +1,6 @@
 /* y = x W^T + b by any kernel: tokens are cut into tiles, rows over threads. */
 #include "kernel.h"
 
-#include <pthread.h>
-#include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -14,38 +12,6 @@ enum {
     SCRATCH_BYTES = 8 << 20,       /* prepared inputs, at most, where a tile is not larger */
     BYTES_WORTH_THREADS = 1 << 16, /* of weights read; below, waking a thread costs more than it saves */
 };
-
-static pthread_key_t scratch_key;
-static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
-
-struct scratch {
-    size_t size;
-    void *memory;
-};
-
-static void free_scratch(void *scratch) {
-    free(((struct scratch *)scratch)->memory);
-    free(scratch);
-}
-
-static void make_scratch_key(void) { pthread_key_create(&scratch_key, free_scratch); }
-
-/* Memory of the calling thread, kept for its next call and freed when it ends; NULL if there is none to be had. */
-static void *scratch_of_thread(size_t size) {
-    pthread_once(&scratch_once, make_scratch_key);
-    struct scratch *own = pthread_getspecific(scratch_key);
-    if (!own) {
-        own = calloc(1, sizeof *own);
-        if (!own || pthread_setspecific(scratch_key, own)) return free(own), NULL;
-    }
-    if (own->size < size) {
-        free(own->memory);
-        own->size = 0;
-        if (posix_memalign(&own->memory, 64, size)) return own->memory = NULL, NULL;
-        own->size = size;
-    }
-    return own->memory;
-}
 
 int64_t threads(void) {
 #ifdef _OPENMP
@@ -63,8 +29,6 @@ struct job {
     const void *bias;
     int type;
 };
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Store the sums of `tokens` tokens and of rows first_row.. into y, whose rows are `rows` long, adding the bias. */
 static void finish(const struct job *job, char *y, const float *sums, int64_t stride, int64_t tokens,
@@ -135,12 +99,13 @@ static void prepare_tokens(const struct job *job, char *to, const char *x, int64
  * Sums are float32 and rounded once. Returns 0, or 1 if there is no memory for the prepared inputs. */
 int linear(const struct format *format, tile_fn *tile, void *y, const void *x, const void *bias, const void *blocks,
            int64_t tokens, int64_t rows, int64_t columns, int type) {
+    if (!tokens) return 0;
+    if (format->linear) return format->linear(format, tile, y, x, bias, blocks, tokens, rows, columns, type);
     int64_t column_blocks = (columns + format->block_columns - 1) / format->block_columns;
     int64_t row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t token_bytes = format->x_bytes * column_blocks, size = type == FLOAT32 ? 4 : 2;
     int64_t tile_bytes = token_bytes * format->tile_tokens, tiles = SCRATCH_BYTES / tile_bytes;
     int64_t at_once = least(tokens, least(TOKENS_AT_ONCE, (tiles < 1 ? 1 : tiles) * format->tile_tokens));
-    if (!tokens) return 0;
     char *prepared = scratch_of_thread((size_t)(token_bytes * at_once));
     if (!prepared) return 1;
     struct job job = {format, tile, blocks, prepared, row_blocks, column_blocks, rows, bias, type};

@@ -26,6 +26,7 @@ FORMATS = {"avx2": "bf16", "avx512": "bf16", "neon": "bf16", "amx": "bf16wide"}
 #: What the sources include -> the emulation of it, and what it lacks.
 HEADERS = {
     "immintrin.h": """
+        #pragma once
         #define SIMDE_ENABLE_NATIVE_ALIASES
         #include <simde/x86/avx512.h>
         #include <simde/x86/f16c.h>
@@ -46,10 +47,27 @@ HEADERS = {
         #define _mm512_cvtph_ps cvtph
 
         #include "kernel.h"
+        static inline __m512i cvtne2ps(__m512 high, __m512 low) {
+            float from[32]; uint16_t to[32];
+            simde_mm512_storeu_ps(from, low); simde_mm512_storeu_ps(from + 16, high);
+            for (int i = 0; i < 32; i++) to[i] = to_bfloat16(from[i]);
+            return simde_mm512_loadu_si512(to);
+        }
+        #undef _mm512_cvtne2ps_pbh
+        #define _mm512_cvtne2ps_pbh cvtne2ps
+        static inline __m512i expand_words(uint32_t kept, __m512i a) {
+            uint16_t from[32], to[32] = {0};
+            simde_mm512_storeu_si512(from, a);
+            for (int i = 0, next = 0; i < 32; i++) if (kept >> i & 1) to[i] = from[next++];
+            return simde_mm512_loadu_si512(to);
+        }
+        #undef _mm512_maskz_expand_epi16
+        #define _mm512_maskz_expand_epi16 expand_words
         static struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
         static uint8_t tile[8][16][64];
         static void _tile_loadconfig(const void *from) { memcpy(&tiles, from, 64); memset(tile, 0xFF, sizeof tile); }
         static void _tile_release(void) { memset(&tiles, 0, sizeof tiles); }
+        static void _tile_zero(int n) { memset(tile[n], 0, sizeof tile[n]); }
         static void _tile_loadd(int n, const void *from, long stride) {
             for (int r = 0; r < tiles.rows[n]; r++) memcpy(tile[n][r], (const char *)from + r * stride, tiles.bytes[n]);
         }

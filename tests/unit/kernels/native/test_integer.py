@@ -95,7 +95,10 @@ def test_is_as_close_as_torch(exact, bits, rows, columns, group, dtype):
     # In 16 bits torch would round the weights as well, so it is given float32 and rounds only the result.
     dense = functional.linear(taken.float(), weight.float(), bias.float()).to(dtype)
     allowed = 2 * (dense - right).abs().max()
+    many = integer.MANY_EXACT if exact else integer.MANY_ROUNDED
     for tokens in TOKENS:
+        if dtype == torch.bfloat16 and tokens >= many and "amx" in library().isas:
+            continue  # another kernel, see test_wide.py
         y = integer.linear(x[:tokens], blocks, bias, rows, exact)
         assert y.dtype == dtype
         assert (y - right[:tokens]).abs().max() <= allowed
