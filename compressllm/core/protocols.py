@@ -180,11 +180,14 @@ class Backend(Protocol):
     """Computes a linear from a packed weight, which may be a quantised one: a backend that cannot refuses it.
 
     ``rank`` orders backends by how fast they are where they run; ``auto`` takes the highest that does not refuse.
-    ``rounds_inputs`` says whether beside integer weights it rounds the inputs to 8 bits itself, of few tokens at least.
     """
 
     rank: ClassVar[int]
-    rounds_inputs: ClassVar[bool]
+
+    @property
+    def rounds_up_to(self) -> float:
+        """Of how many tokens, at most, it rounds the inputs to 8 bits itself, beside integer weights; 0 if of none."""
+        ...
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Why this backend cannot run this weight here, or None if it can.

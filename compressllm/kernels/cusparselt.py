@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,7 +44,7 @@ class CuSparseLt:
     """2:4 and sparser on sparse tensor cores: 16 bit; fp8 and int8 with one scale a row, activations rounded too."""
 
     rank: ClassVar[int] = -1  # without a measurement dense goes first
-    rounds_inputs: ClassVar[bool] = True
+    rounds_up_to: ClassVar[float] = math.inf
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other patterns, shapes and dtypes, and machines without the library or a GPU it is proven on."""

@@ -40,7 +40,7 @@ class Triton:
     """2:4 and sparser on CUDA for few tokens, reading only kept weights: 16 bit, fp8, and int8 or int4 with scales."""
 
     rank: ClassVar[int] = -1  # without a measurement dense goes first
-    rounds_inputs: ClassVar[bool] = False
+    rounds_up_to: ClassVar[float] = 0
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other patterns and dtypes, and machines without triton and a GPU of compute capability 8 or 9."""

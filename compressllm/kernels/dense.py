@@ -20,7 +20,7 @@ class Dense:
     """The weight itself, zeros and all, dequantised: runs wherever torch does, saves nothing."""
 
     rank: ClassVar[int] = 0
-    rounds_inputs: ClassVar[bool] = False
+    rounds_up_to: ClassVar[float] = 0
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse what torch has no plain product for."""

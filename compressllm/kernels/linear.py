@@ -131,7 +131,7 @@ class SparseLinear(nn.Module):
             self.register_buffer(f"packed_{part}", tensor, persistent=False)
             self._parts.append(part)
         self.rounds = scheme if scheme and scheme.dynamic else None
-        self._backend_rounds = bool(self.rounds) and self._backend.rounds_inputs and isinstance(weight, QuantizedWeight)
+        self._rounded_by_backend = self._backend.rounds_up_to if isinstance(weight, QuantizedWeight) else 0
         self.dense_from = dense_from
         dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
         self.register_buffer("dense", dense, persistent=False)
@@ -160,7 +160,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         many = self.dense_from is not None and x.numel() >= self.dense_from * self.in_features
-        if self.rounds is not None and (many or not self._backend_rounds):
+        if self.rounds is not None and (many or x.numel() > self._rounded_by_backend * self.in_features):
             rounded = self.rounds.round_tokens(x.detach())
             x = x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
         if self.dense is not None and many:

@@ -36,7 +36,6 @@ class Native:
     """
 
     rank: ClassVar[int] = 10
-    rounds_inputs: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
@@ -53,6 +52,11 @@ class Native:
         if isinstance(weight, QuantizedWeight) and (reason := integer.refuses(weight)):
             return reason
         return unavailable()
+
+    @property
+    def rounds_up_to(self) -> float:
+        """Inputs in bfloat16 of more tokens than so many are not rounded, where there is a matrix unit for them."""
+        return 0 if self.exact else integer.rounds_up_to()
 
     def pack(self, weight: Tensor | QuantizedWeight, keep: Tensor) -> dict[str, Tensor]:
         """``blocks``, see `native.bf16.pack` and `native.integer.pack`; ``like`` (out, 0): the rows and the dtype."""
@@ -92,7 +96,6 @@ class NativeExact(Native):
     """
 
     rank: ClassVar[int] = 9
-    rounds_inputs: ClassVar[bool] = False
     exact: ClassVar[bool] = True
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:

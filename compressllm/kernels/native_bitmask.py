@@ -29,7 +29,7 @@ class NativeBitmask:
     """
 
     rank: ClassVar[int] = -1  # expanding takes about as long as the bytes it saves: only a measurement chooses it
-    rounds_inputs: ClassVar[bool] = False
+    rounds_up_to: ClassVar[float] = 0
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other dtypes and devices, machines without a C compiler, and unless asked for what is too dense."""

@@ -22,7 +22,7 @@ class Reference:
     """Kept values and one bit a weight, decoded at every call: any pattern, device and dtype; small, exact and slow."""
 
     rank: ClassVar[int] = -1
-    rounds_inputs: ClassVar[bool] = False
+    rounds_up_to: ClassVar[float] = 0
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse unless asked for by name."""

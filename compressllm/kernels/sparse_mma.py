@@ -61,7 +61,7 @@ class SparseMma:
     """
 
     rank: ClassVar[int] = -1  # without a measurement dense goes first
-    rounds_inputs: ClassVar[bool] = False
+    rounds_up_to: ClassVar[float] = 0
 
     def refuses(self, weight: Tensor | QuantizedWeight, pattern: SparsityPattern, wanted: bool = False) -> str | None:
         """Refuse other patterns, shapes and dtypes, and machines without NVRTC and a GPU with sparse tensor cores."""

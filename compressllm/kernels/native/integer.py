@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from compressllm.core.errors import FormatError, PatternError
 from compressllm.core.quantized import QuantizedWeight, dequantize, quantize_absmax
 from compressllm.kernels.native import pages
-from compressllm.kernels.native.library import SAMPLES, Library, library
+from compressllm.kernels.native.library import SAMPLES, Library, library, unavailable
 from compressllm.kernels.native.torchop import Operator, define_linear
 
 _ROWS, _SPAN = 16, 32  # of a block; columns that share their positions
@@ -54,6 +55,13 @@ MANY_ROUNDED, MANY_EXACT = 9, 6
 
 _ROUNDED = {size: define_linear(one.name, one.wide, MANY_ROUNDED) for size, one in _LAYOUTS.items()}
 _EXACT = {size: define_linear(f"{one.name}_exact", one.wide, MANY_EXACT) for size, one in _LAYOUTS.items()}
+
+
+@functools.cache
+def rounds_up_to() -> float:
+    """Tokens whose inputs, in bfloat16, are rounded at most, where they are not to be exact."""
+    wide = next(iter(_LAYOUTS.values())).wide
+    return math.inf if unavailable() or library().kernel(wide).isa == "scalar" else MANY_ROUNDED - 1
 
 
 def refuses(weight: QuantizedWeight) -> str | None:
