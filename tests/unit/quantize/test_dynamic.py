@@ -1,6 +1,7 @@
 """Schemes that round activations too, however the model is run."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.pattern import NM
+from compressllm.core.protocols import BACKENDS
+from compressllm.core.quantized import quantize_absmax
 from compressllm.core.scheme import Scheme, parse_scheme
 from compressllm.eval.config import EvalConfig
 from compressllm.export.hf import PackedConfig
 from compressllm.kernels.linear import SparseLinear
+from compressllm.kernels.native.library import unavailable
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle
 from compressllm.stages.evaluate import prepare_linears
@@ -75,3 +80,20 @@ def test_linears_that_cannot_round_their_inputs_are_refused(
     build_model(config).bfloat16().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UnsupportedModelError, match=r"is a Conv1D.*int8-dynamic rounds the inputs .* use int8"):
         quantized(folder=tmp_path / "gpt2", method="rtn", scheme="int8-dynamic")
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=f"no native kernels: {unavailable()}")
+def test_tokens_that_a_matrix_unit_takes_are_rounded_before() -> None:
+    torch.manual_seed(0)
+    keep = NM(2, 4).keep(torch.rand(32, 128))
+    weight = quantize_absmax(torch.randn(32, 128).bfloat16().masked_fill(~keep, 0), keep, 8, 64)
+    scheme = Scheme(8, 64, dynamic=True)
+    native, exact = (
+        SparseLinear(weight, keep, None, NM(2, 4), name, scheme=scheme) for name in ("native", "native-exact")
+    )
+    if BACKENDS.get("native")().rounds_up_to == math.inf:
+        pytest.skip("this processor has no matrix unit, native rounds all inputs")
+    x = torch.randn(40, 128).bfloat16()
+    assert torch.equal(native(x), exact(x))
+    few = native(x[:4]).float() - exact(x[:4]).float()
+    assert 0 < few.norm() < 0.02 * exact(x[:4]).float().norm(), "rounded once, by the kernel"
