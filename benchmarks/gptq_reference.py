@@ -39,11 +39,11 @@ def theirs(model: Any, ids: torch.Tensor, group: int, order: str | None) -> dict
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    weights = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group, actorder=order
-    )
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    modifier = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], dampening_frac=0.01)
+    modifier = GPTQModifier(  # which takes columns by size unless told not to
+        config_groups={"group_0": scheme}, actorder=order, ignore=["lm_head"], dampening_frac=0.01
+    )
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     oneshot(
         model=model, dataset=Dataset.from_list(rows), recipe=[modifier], max_seq_length=ids.shape[1],

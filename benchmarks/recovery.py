@@ -107,6 +107,8 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
     check = [sys.executable, "-m", "compressllm", "verify", str(out), "--pattern", options.pattern]
     sound = dense or subprocess.run(check, capture_output=True, check=False).returncode == 0
     perplexity = {name: stage["metrics"]["perplexity"] for name, stage in zip(texts, after, strict=True)}
+    for source in recovered["metrics"]["data"]["sources"]:
+        source["source"] = Path(source["source"]).name
     return {
         "row": row,
         "seed": seed,
