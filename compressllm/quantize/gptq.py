@@ -26,10 +26,10 @@ class GPTQ:
     and goes on to the columns behind. So all that is changed in the end are weights that the mask keeps.
 
     Args:
-        order: ``natural`` takes columns as they come; a group's scale is that of its largest kept weight, as changed
-            by the groups before. ``activation`` takes those of the largest inputs first, whose errors then have the
-            most columns to be made up for in; scales are those of the weights as they came, and groups stay groups of
-            neighbours, so that what is stored has the same form.
+        order: ``activation`` takes columns of the largest inputs first, whose errors then have the most columns to be
+            made up for in; scales are those of the weights as they came, and groups stay groups of neighbours, so that
+            what is stored has the same form. ``natural`` takes columns as they come; a group's scale is that of its
+            largest kept weight, as changed by the groups before.
         block: Columns finished before those behind the block are changed; moves last bits only.
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
 
@@ -38,7 +38,7 @@ class GPTQ:
         with static groups.
     """
 
-    order: Literal["natural", "activation"] = "natural"
+    order: Literal["activation", "natural"] = "activation"
     block: int = 128
     damping: float = 0.01
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})

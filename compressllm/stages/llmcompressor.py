@@ -199,12 +199,9 @@ def _quantize(modifier: _Modifier, model: str, notes: list[str]) -> dict[str, An
         settings.clear()
         return None
     gptq = modifier.name == "GPTQModifier"
-    ordered = [
-        settings.pop("actorder", None),
-        *(_weights_of(group).get("actorder") for group in (groups or {}).values()),
-    ]
-    if gptq and any(ordered):
-        settings["order"] = "activation"
+    orders = [_weights_of(group).get("actorder") for group in (groups or {}).values()]
+    if settings.pop("actorder", "static") is None and not any(orders) and gptq:
+        settings["order"] = "natural"  # by size unless told not to, theirs as ours
     if targets := _globs(settings.pop("targets", "Linear"), f"{where}.targets", notes):
         notes.append(f"{where}.targets: {', '.join(targets)}: all linears are quantised here but those under skip")
     stage = {

@@ -50,7 +50,9 @@ def test_is_ordinary_gptq_and_the_same_under_a_mask(pattern, scheme, largest, gr
     weight, stats = layer()
     keep = torch.ones_like(weight).bool() if pattern == "dense" else NM(2, 4).keep(weight.abs())
     weight = weight * keep
-    made = build(QUANTIZERS, {"gptq": {"block": block}}).quantize(weight, keep, stats, parse_scheme(scheme))
+    made = build(QUANTIZERS, {"gptq": {"order": "natural", "block": block}}).quantize(
+        weight, keep, stats, parse_scheme(scheme)
+    )
     expected = slowly(weight, keep, stats.need("hessian"), largest, group)
     apart = (made.weight.dequantize(torch.float64) - expected).abs()
     step = made.weight.scales.repeat_interleave(made.weight.group, 1)[:, :96]
@@ -64,7 +66,7 @@ def test_by_size_of_inputs_it_is_ordinary_gptq_of_the_ordered_columns(pattern, s
     weight, stats = layer()
     keep = torch.ones_like(weight).bool() if pattern == "dense" else NM(2, 4).keep(weight.abs())
     weight = weight * keep
-    made = build(QUANTIZERS, {"gptq": {"order": "activation"}}).quantize(weight, keep, stats, parse_scheme(scheme))
+    made = build(QUANTIZERS, "gptq").quantize(weight, keep, stats, parse_scheme(scheme))
     scales = torch.zeros(12, 96, dtype=torch.float64)
     for start in range(0, 96, group):
         its = weight[:, start : start + group].double()

@@ -1,6 +1,7 @@
 """Recipes of llm-compressor in all their forms, and what is said of what has no equal."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,17 +118,24 @@ def test_quantising_comes_last(convert) -> None:
     assert "model.layers.*" in recipe.steps()[0][1].patterns
 
 
-@pytest.mark.parametrize("where", ["modifier", "weights"])
-def test_order_of_columns(convert, where: str) -> None:
-    weights = ", actorder: group" if where == "weights" else ""
+@pytest.mark.parametrize(
+    ("modifier", "weights", "method"),
+    [
+        ("", "", "gptq"),
+        ("      actorder: static\n", "", "gptq"),
+        ("      actorder: null\n", "", {"gptq": {"order": "natural"}}),
+        ("", ", actorder: group", "gptq"),
+    ],
+)
+def test_order_of_columns(convert, modifier: str, weights: str, method: Any) -> None:
     recipe, notes = convert(
         "q_stage:\n  q_modifiers:\n    GPTQModifier:\n"
-        + ("      actorder: static\n" if where == "modifier" else "")
+        + modifier
         + "      config_groups:\n        group_0:\n          weights: {num_bits: 4, type: int, strategy: group, "
         + f"group_size: 128{weights}}}\n          targets: [Linear]\n"
     )
-    assert recipe.steps()[-1][1].method == {"gptq": {"order": "activation"}}
-    assert any("groups are of neighbours here" in note for note in notes) is (where == "weights")
+    assert recipe.steps()[-1][1].method == method
+    assert any("groups are of neighbours here" in note for note in notes) is bool(weights)
 
 
 def test_what_has_no_equal_is_one_line_each(convert) -> None:
