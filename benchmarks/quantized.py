@@ -3,8 +3,8 @@
     python benchmarks/quantized.py --calibration c4 --data wikitext2 --rows dense,2:4,2:4+int8,2:4+int4-g128+rtn
 
 A row is `dense` or a pattern, then `+SCHEME`, and then `+METHOD`: rtn, gptq (the default), gptq-natural (columns as
-they come), awq-scale, awq-gptq (the scales, and then GPTQ), or joint (SparseGPT prunes the dense model and rounds in one
-sweep). --pruned PATTERN=FOLDER starts from a checkpoint that is pruned already, and recovered perhaps, in place of
+they come), awq-scale, awq-gptq (the scales, and then GPTQ), or joint (SparseGPT prunes the dense model and rounds in
+one sweep). --pruned PATTERN=FOLDER starts from a checkpoint that is pruned already, and recovered perhaps, in place of
 pruning with --method; there may be several of one pattern, PATTERN/NAME=FOLDER, whose rows are PATTERN/NAME+SCHEME.
 Every row is a process of its own. Rows that the result file has already are not measured again, so a stopped run goes
 on.
