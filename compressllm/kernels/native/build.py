@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch  # noqa: F401  its OpenMP must be in the process before ours is looked for
+import torch  # its OpenMP must be in the process before ours is looked for
 
 from compressllm.core.cache import cache_folder
 from compressllm.core.errors import BackendUnavailableError
@@ -87,11 +87,23 @@ def _digest(*parts: object) -> str:
 def openmp_in_process() -> str | None:
     """Path of the OpenMP library that torch has loaded: with any other there would be two pools of threads."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if Path(path).name.startswith(_OPENMP_NAMES):
-                return path
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps)
+        return torchs_of([path for path in paths if Path(path).name.startswith(_OPENMP_NAMES)])
     return None
+
+
+def torchs_of(paths: Sequence[str]) -> str | None:
+    """Of OpenMP libraries in a process that which is torch's: its own, or the system's; wheels bring others."""
+    home = Path(torch.__file__).parent
+
+    def strange(path: str) -> int:
+        folder = Path(path).parent
+        if folder.is_relative_to(home) or folder == home.with_name("torch.libs"):
+            return 0
+        return 2 if folder.suffix == ".libs" else 1
+
+    return min(paths, key=strange, default=None)
 
 
 def _compiler() -> list[str]:

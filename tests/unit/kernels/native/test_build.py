@@ -113,3 +113,19 @@ def test_the_record_is_plain_json():
     facts = json.loads((built.library.parent / "build.json").read_text())
     assert facts["library"] == built.library.name
     assert os.path.basename(facts["compiler"].split(":")[0])
+
+
+def test_torchs_openmp_is_told_from_those_that_other_wheels_bring(monkeypatch):
+    monkeypatch.setattr(module.torch, "__file__", "/env/site-packages/torch/__init__.py")
+    others = "/env/site-packages/scikit_learn.libs/libgomp-e985bcbb.so.1.0.0"
+    system = "/usr/lib/x86_64-linux-gnu/libgomp.so.1"
+    for own in ("/env/site-packages/torch/lib/libgomp.so.1", "/env/site-packages/torch.libs/libgomp-a34b3233.so.1"):
+        assert module.torchs_of([others, system, own]) == own
+    assert module.torchs_of([others, system]) == system  # torch of a distribution
+    assert module.torchs_of([]) is None
+
+
+def test_a_wheel_with_an_openmp_of_its_own_changes_nothing():
+    pytest.importorskip("sklearn.cluster")
+    found = module.openmp_in_process()
+    assert found is None or ".libs" not in found
