@@ -45,7 +45,8 @@ def cpu_name() -> str:
 
 def multiplies_bf16_faster(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are much faster than in float32: on CUDA, and on CPUs with units for them."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not in every torch
+    return device.type == "cuda" or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
 
 
 def _cpu_has_bf16() -> bool:
