@@ -130,9 +130,4 @@ enum { ROUNDED_COLUMNS = 1024, EXACT_COLUMNS = 256 }; /* at once: of 128 tokens,
         group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits), group * 4, EXACT_COLUMNS, TILE_TOKENS,                         \
         prepare_exact_##bits##_##group};
 
-FORMAT(8, 32)
-FORMAT(8, 64)
-FORMAT(8, 128)
-FORMAT(4, 32)
-FORMAT(4, 64)
-FORMAT(4, 128)
+EACH_LAYOUT(FORMAT)

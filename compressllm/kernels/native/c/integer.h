@@ -34,6 +34,9 @@ enum {
 
 /* The kernels of one instruction set: a tile_fn for each layout, from FUNCTION(sums, stride, x, blocks, count, tokens,
  * bits, spans). */
+/* Bits of a code, and columns that share a scale. */
+#define EACH_LAYOUT(DO) DO(8, 32) DO(8, 64) DO(8, 128) DO(4, 32) DO(4, 64) DO(4, 128)
+
 #define KERNEL(isa, bits, group, suffix, FUNCTION)                                                              \
     void int##bits##_g##group##suffix##_tile_##isa(float *sums, int64_t stride, const void *x, const void *blocks, \
                                                    int64_t count, int tokens) {                                 \

@@ -6,9 +6,4 @@
     const struct format int##bits##_g##group##wide_format = \
         WIDE_FORMAT(group, SCALES_BYTES + group / SPAN * SPAN_BYTES(bits));
 
-FORMAT(8, 32)
-FORMAT(8, 64)
-FORMAT(8, 128)
-FORMAT(4, 32)
-FORMAT(4, 64)
-FORMAT(4, 128)
+EACH_LAYOUT(FORMAT)

@@ -24,9 +24,4 @@ static void expand_of(tile_words *to, const uint8_t *at, int64_t count, int bits
     }                                                                                       \
     WIDE_KERNEL(int##bits##_g##group##wide, expand_##bits##_##group)
 
-FORMAT(8, 32)
-FORMAT(8, 64)
-FORMAT(8, 128)
-FORMAT(4, 32)
-FORMAT(4, 64)
-FORMAT(4, 128)
+EACH_LAYOUT(FORMAT)
