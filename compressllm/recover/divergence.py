@@ -61,9 +61,10 @@ def log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """(n, V) x (n, V) -> (n,); on a CPU without the products in memory.
 
-    Elsewhere a matrix product may be set to round its inputs, and what `divergence_` makes of the dots is a difference.
+    As matrix products they could be set to round their inputs, and what `divergence_` makes of the dots is a difference.
     """
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1) if a.device.type == "cpu" else (a * b).sum(-1)
+    on_cpu = a.device.type == "cpu"
+    return torch.stack([x.dot(y) for x, y in zip(a, b, strict=True)]) if on_cpu else (a * b).sum(-1)
 
 
 def _scaled_(tensor: Tensor, factor: float) -> Tensor:

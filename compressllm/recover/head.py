@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compressllm.core.compute import multiplies_bf16_faster
 from compressllm.core.errors import UnsupportedModelError
 
 #: Settings in which models say that they multiply their logits, or divide them, by a constant.
@@ -104,6 +106,26 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype.itemsize >= 4 or (device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")):
         return dtype
     return torch.float32
+
+
+@contextmanager
+def bf16_products(*tensors: Tensor) -> Iterator[None]:
+    """Have a CPU's float32 products take their inputs as bfloat16, if all of ``tensors`` are that.
+
+    CPUs with units for bfloat16 multiply so several times faster, and sum in float32 all the same: logits lose nothing,
+    and of gradients the factors are rounded as they are in every other layer. The setting is the process's: no other
+    thread may multiply meanwhile.
+    """
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # not in every torch
+    rounded = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    if setting is None or not (rounded and multiplies_bf16_faster(tensors[0].device)):
+        yield
+        return
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 @torch.no_grad()

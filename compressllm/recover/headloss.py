@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from compressllm.core.errors import RecipeError
-from compressllm.recover.head import Head
+from compressllm.recover.head import Head, bf16_products
 from compressllm.recover.headchunks import HeadTask, Teacher, TeacherHidden, sum_over_chunks
 from compressllm.recover.losses import LossWeights
 
@@ -54,7 +54,10 @@ def head_loss(
     inputs = (hidden, head.weight, head.bias)
     graph = weights.at_head and torch.is_grad_enabled()
     wanted = [graph and x is not None and x.requires_grad for x in inputs]
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    factors = [hidden, head.weight]
+    if isinstance(teacher, TeacherHidden):
+        factors += [teacher.hidden, teacher.head.weight]
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), bf16_products(*factors):
         task = HeadTask(hidden, head, labels, teacher, weights, temperature, chunk)
         totals, gradients = sum_over_chunks(task, wanted)
         count = task.count if denominator is None else denominator

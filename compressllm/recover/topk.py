@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from compressllm.recover.head import Head, product_dtype
+from compressllm.recover.head import Head, bf16_products, product_dtype
 from compressllm.recover.headchunks import TeacherTopK
 
 _CHUNK: Final = 512  # tokens at a time
@@ -24,9 +24,13 @@ def top_k(hidden: Tensor, head: Head, k: int) -> TeacherTopK:
 
     Returns: (T, k) int64 ids, the likeliest first; float32 logs.
     """
-    dtype = product_dtype(hidden.dtype, hidden.device)
+    with bf16_products(hidden, head.weight):
+        return _top_k(hidden, head.prepared(product_dtype(hidden.dtype, hidden.device)), k)
+
+
+def _top_k(hidden: Tensor, head: Head, k: int) -> TeacherTopK:
+    dtype = head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    head = head.prepared(dtype)
     k = min(k, head.vocab_size - 1)  # the bucket of the others holds one token at least
     buffer = torch.empty((min(_CHUNK, len(hidden)), head.vocab_size), dtype=wide, device=hidden.device)
     parts = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedModel
 
 from compressllm.core.errors import UnsupportedModelError
-from compressllm.recover.head import head_of, hidden_states
+from compressllm.recover.head import Head, bf16_products, head_of, hidden_states
 from compressllm.recover.headloss import head_loss
 from compressllm.recover.losses import LossWeights
 
@@ -77,3 +78,30 @@ def test_bfloat16_model(llama: PreTrainedModel) -> None:
     head = head_of(llama.to(torch.bfloat16))
     assert head.weight.dtype == torch.bfloat16
     assert replace(head, scale=1.0).vocab_size == 64
+
+
+def _setting() -> Any:
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+@pytest.mark.skipif(_setting() is None, reason="this torch cannot be told how to round the inputs of products")
+def test_products_are_rounded_within_and_as_before_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressllm.recover.head.multiplies_bf16_faster", lambda device: True)
+    setting, half, wide = _setting(), torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2)
+    before = setting.fp32_precision
+    with bf16_products(half, wide):  # a float32 factor would be rounded
+        assert setting.fp32_precision == before
+    with pytest.raises(ValueError, match="within"), bf16_products(half, half):
+        assert setting.fp32_precision == "bf16"
+        raise ValueError("within")
+    assert setting.fp32_precision == before
+
+
+@pytest.mark.skipif(_setting() is None, reason="this torch cannot be told how to round the inputs of products")
+def test_rounded_products_lose_nothing_of_bfloat16_factors() -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 96, generator=random).bfloat16() for n in (70, 4000))
+    exact = hidden.double() @ weight.double().T
+    with bf16_products(hidden, weight):
+        out = Head(weight).prepared(torch.float32).logits_(hidden.float(), torch.empty(70, 4000))
+    assert float((out - exact).abs().max()) < 1e-5 * float(exact.abs().max())
