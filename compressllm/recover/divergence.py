@@ -61,7 +61,7 @@ def log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """(n, V) x (n, V) -> (n,); on a CPU without the products in memory.
 
-    As matrix products they could be set to round their inputs, and what `divergence_` makes of the dots is a difference.
+    A matrix product may be set to round its inputs, and what `divergence_` makes of the dots is a difference.
     """
     on_cpu = a.device.type == "cpu"
     return torch.stack([x.dot(y) for x, y in zip(a, b, strict=True)]) if on_cpu else (a * b).sum(-1)

@@ -1,5 +1,6 @@
 """Heads of real architectures, as what they compute."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -91,9 +92,10 @@ def test_products_are_rounded_within_and_as_before_after(monkeypatch: pytest.Mon
     before = setting.fp32_precision
     with bf16_products(half, wide):  # a float32 factor would be rounded
         assert setting.fp32_precision == before
-    with pytest.raises(ValueError, match="within"), bf16_products(half, half):
+    with bf16_products(half, half):
         assert setting.fp32_precision == "bf16"
-        raise ValueError("within")
+    with contextlib.suppress(ValueError), bf16_products(half, half):
+        raise ValueError
     assert setting.fp32_precision == before
 
 
