@@ -3,7 +3,9 @@
     python benchmarks/rounded_inputs.py PRUNED
 
 PRUNED is a 2:4 checkpoint, whose weights are rounded as they are read, group by group to the largest. Both backends
-then run the same codes on the same token ids. Rows that the result file has already are not measured again.
+then run the same codes on the same token ids. A CPU with matrix units rounds the inputs of a few tokens only, so that
+prompts show nothing: --isa avx2 has the vector kernels take them, whose sums are the same for one token and for many.
+Rows that the result file has already are not measured again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from compressllm.calibration.windows import evaluation_windows
 from compressllm.eval.config import EvalConfig
 from compressllm.eval.perplexity import perplexity
+from compressllm.kernels.native.library import CHOSEN_ISA
 from compressllm.models.bundle import open_bundle
 from compressllm.stages.environment import environment
 from compressllm.stages.evaluate import prepare_linears
@@ -33,8 +36,11 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="only the first so many")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--isa", help="the highest instruction set to use; the machine's best unless given")
     options = parser.parse_args()
     os.environ["COMPRESSLLM_MEASURE"] = "0"
+    if options.isa:
+        os.environ[CHOSEN_ISA] = options.isa
     bundle = open_bundle(options.pruned)
     windows = evaluation_windows(
         options.data,
@@ -54,7 +60,8 @@ def main() -> None:
         record["rows"].append(key | {"perplexity": result.perplexity, "nll": result.nll, "tokens": result.tokens})
         record |= {
             "what": "perplexity of a 2:4 model with inputs of integer linears rounded to int8, and not",
-            "command": "python benchmarks/rounded_inputs.py PRUNED",
+            "command": "python benchmarks/rounded_inputs.py PRUNED" + (f" --isa {options.isa}" if options.isa else ""),
+            "isa": options.isa,
             "pruned": Path(options.pruned).resolve().name,
             "protocol": f"{windows.rule}; {result.protocol}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
