@@ -53,16 +53,23 @@ ROWS: dict[str, Any] = {
 UNTRAINED = ("student", "teacher")
 
 
-def split(data: Path, folder: Path, each: int) -> tuple[Path, dict[str, Path]]:
-    """The pool, and the held-out records of each capability; made once, by the hash of a record alone."""
+def split(data: Path, folder: Path, each: int, share: float) -> tuple[Path, dict[str, Path]]:
+    """The pool, and the held-out records of each capability; made once, by the hash of a record alone.
+
+    Args:
+        share: Of the other records, what the pool is made of.
+    """
     lines = [line for line in gzip.open(data, "rt") if line.strip()]  # noqa: SIM115
     by_label: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for line in lines:
-        by_label[json.loads(line)["capability"]].append((hashlib.sha256(line.encode()).hexdigest(), line))
+    hashed = [hashlib.sha256(line.encode()).hexdigest() for line in lines]
+    for digest, line in zip(hashed, lines, strict=True):
+        by_label[json.loads(line)["capability"]].append((digest, line))
     pool, kept = folder / "pool.jsonl", {label: folder / f"held-out-{label}.jsonl" for label in sorted(by_label)}
     aside = {label: sorted(found)[:each] for label, found in by_label.items()}
     out = {line for found in aside.values() for _, line in found}
-    pool.write_text("".join(line for line in lines if line not in out))
+    most = share * 16**8
+    pairs = zip(hashed, lines, strict=True)
+    pool.write_text("".join(line for digest, line in pairs if int(digest[-8:], 16) < most and line not in out))
     for label, path in kept.items():
         path.write_text("".join(line for _, line in aside[label]))
     return pool, kept
@@ -163,6 +170,7 @@ def main() -> None:
     parser.add_argument("--losses", default="kl=1.0")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--share", type=float, default=1.0, help="of the records, what the pool is made of")
     parser.add_argument("--each", type=int, default=20, help="held-out records of each capability")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=[])
     parser.add_argument("--task-files", type=lambda text: text.split(","), default=[])
@@ -170,12 +178,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    pool, held_out = split(options.data, options.folder, options.each)
+    pool, held_out = split(options.data, options.folder, options.each, options.share)
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
     record |= {
         "what": "perplexity of held-out responses after recovery on records chosen in several ways",
         "command": "python benchmarks/paser_recovery.py, see its head",
         "held_out_each": options.each,
+        "pool_share": options.share,
         "environment": environment(),
     }
     known = {key_of(made) for made in record["results"]}

@@ -1,7 +1,8 @@
 """Products of a few tokens with a dense weight, which is read once for all of them.
 
 Libraries of matrix products are made for many tokens and for one: two to sixteen cost them, on a CPU, nearly as many
-times one. Float32 and bfloat16 go through C kernels where there is a C compiler, all else through torch.
+times one. Float32 and bfloat16 go through C kernels where there is a C compiler, all else through torch; so does
+bfloat16 on CPUs with AMX, whose tiles torch fills with a few tokens as well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kernel is None
         or x.dtype not in _TYPES
         or x.dtype != weight.dtype
+        or (x.dtype == torch.bfloat16 and _has_tiles())
         or not weight.is_contiguous()
         or x.shape[-1] != weight.shape[1]
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -43,6 +45,11 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     y = _call(kernel, x, weight, tokens)
     return y + bias if bias is not None else y
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())  # not in every torch
 
 
 def _call(kernel: Any, x: Tensor, weight: Tensor, tokens: int) -> Tensor:

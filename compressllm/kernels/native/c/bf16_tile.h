@@ -11,7 +11,7 @@
 
 enum {
     BLOCKS_SUMMED = 8,    /* into one register; then they are added to the rest: rounding grows with the count */
-    PREFETCH_BYTES = 2048 /* ahead of the weights being read */
+    PREFETCH_BYTES = 4096 /* ahead of the weights being read */
 };
 
 /* Into the L2 cache: into the first, there would be room for fewer in flight. */

@@ -14,7 +14,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define PARTS (BLOCK_ROWS / LANES)
-#define PREFETCH_BYTES 2048 /* ahead of the weights being read */
+#define PREFETCH_BYTES 4096 /* ahead of the weights being read */
 
 INLINE void prefetch(const char *from, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + PREFETCH_BYTES + i);

@@ -10,7 +10,7 @@ uint64_t stream_read(const uint64_t *from, int64_t words) {
         uint64_t sums[8] = {0};
         int64_t end = part + (1 << 15) < words ? part + (1 << 15) : words;
         for (int64_t i = part; i < end; i += 8) {
-            __builtin_prefetch((const char *)(from + i) + 1024, 0, 2); /* the best of those tried */
+            __builtin_prefetch((const char *)(from + i) + 8192, 0, 2); /* the best of those tried */
             for (int j = 0; j < 8; j++) sums[j] ^= from[i + j];
         }
         for (int j = 0; j < 8; j++) total ^= sums[j];
