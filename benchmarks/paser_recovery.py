@@ -180,6 +180,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     pool, held_out = split(options.data, options.folder, options.each, options.share)
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"results": []}
+    if record.get("pool_share", options.share) != options.share:
+        sys.exit(f"{options.out}: was measured on another share of the records; name another file")
     record |= {
         "what": "perplexity of held-out responses after recovery on records chosen in several ways",
         "command": "python benchmarks/paser_recovery.py, see its head",

@@ -52,7 +52,12 @@ def main() -> None:
     )
     record = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     for backend, bits in ROWS:
-        key = {"backend": backend, "weights": f"int{bits}, group 64" if bits else "bf16", "ids_sha256": windows.sha256}
+        key = {
+            "backend": backend,
+            "weights": f"int{bits}, group 64" if bits else "bf16",
+            "ids_sha256": windows.sha256,
+            "isa": options.isa,
+        }
         if any(key.items() <= row.items() for row in record["rows"]):
             continue
         config = EvalConfig(dtype="bfloat16", device="cpu", backend=backend)
@@ -61,7 +66,6 @@ def main() -> None:
         record |= {
             "what": "perplexity of a 2:4 model with inputs of integer linears rounded to int8, and not",
             "command": "python benchmarks/rounded_inputs.py PRUNED" + (f" --isa {options.isa}" if options.isa else ""),
-            "isa": options.isa,
             "pruned": Path(options.pruned).resolve().name,
             "protocol": f"{windows.rule}; {result.protocol}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -45,8 +45,16 @@ def cpu_name() -> str:
 
 def multiplies_bf16_faster(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are much faster than in float32: on CUDA, and on CPUs with units for them."""
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not in every torch
-    return device.type == "cuda" or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
+    return device.type == "cuda" or has_tiles() or _cpu_says("_is_avx512_bf16_supported")
+
+
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 on AMX's tiles."""
+    return _cpu_says("_is_amx_tile_supported")
+
+
+def _cpu_says(question: str) -> bool:
+    return bool(getattr(torch.cpu, question, lambda: False)())  # not in every torch
 
 
 def _cpu_has_bf16() -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressllm.core.compute import has_tiles
 from compressllm.kernels.native.library import best_function
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as c/kernel.h numbers them
@@ -37,7 +38,7 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kernel is None
         or x.dtype not in _TYPES
         or x.dtype != weight.dtype
-        or (x.dtype == torch.bfloat16 and _has_tiles())
+        or (x.dtype == torch.bfloat16 and has_tiles())
         or not weight.is_contiguous()
         or x.shape[-1] != weight.shape[1]
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -45,11 +46,6 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     y = _call(kernel, x, weight, tokens)
     return y + bias if bias is not None else y
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())  # not in every torch
 
 
 def _call(kernel: Any, x: Tensor, weight: Tensor, tokens: int) -> Tensor:

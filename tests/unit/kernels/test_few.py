@@ -23,7 +23,7 @@ def through(request, monkeypatch):
         kernel(*arguments)
 
     monkeypatch.setattr(few, "_kernel", lambda: called)
-    monkeypatch.setattr(few, "_has_tiles", lambda: False)
+    monkeypatch.setattr(few, "has_tiles", lambda: False)
     return calls
 
 
@@ -69,7 +69,7 @@ def test_the_number_of_threads_changes_no_bit(through):
 
 
 def test_bfloat16_is_left_to_torch_where_it_has_tiles(through, monkeypatch):
-    monkeypatch.setattr(few, "_has_tiles", lambda: True)
+    monkeypatch.setattr(few, "has_tiles", lambda: True)
     weight, x = torch.randn(8, 16), torch.randn(3, 16)
     few_tokens(x.bfloat16(), weight.bfloat16())
     assert not through

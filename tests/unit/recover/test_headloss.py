@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressllm.core.errors import RecipeError
+from compressllm.recover import head as headmodule
+from compressllm.recover import topk
 from compressllm.recover.head import Head
 from compressllm.recover.headchunks import TeacherHidden, TeacherTopK
 from compressllm.recover.headloss import head_loss
@@ -258,3 +260,23 @@ def test_distilling_needs_a_teacher_of_the_same_vocabulary() -> None:
     other = TeacherHidden(teacher.hidden, Head(teacher.head.weight[:-1]))
     with pytest.raises(RecipeError, match="has 36 tokens, the student's 37"):
         head_loss(hidden, head, labels, other, ALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_bfloat16_head_is_multiplied_as_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if setting is None:
+        pytest.skip("this torch cannot be told how to round the inputs of products")
+    monkeypatch.setattr("compressllm.recover.head.multiplies_bf16_faster", lambda device: True)
+    hidden, head, labels, teacher = tensors(dtype=dtype)
+    before, seen, multiply = setting.fp32_precision, [], headmodule.product
+
+    def product(*given: Tensor) -> Tensor:
+        seen.append(setting.fp32_precision)
+        return multiply(*given)
+
+    monkeypatch.setattr(headmodule, "product", product)
+    head_loss(hidden, head, labels, teacher, ALL)
+    topk.top_k(teacher.hidden, teacher.head, 3)
+    assert set(seen) == {"bf16" if dtype == torch.bfloat16 else before}
+    assert len(seen) == 3
