@@ -68,10 +68,13 @@ def run_recipe(
                     bundle = open_bundle(str(folder.model_of(done)))
                 continue
             stage_folder = folder.stage_folder(index, name)
-            if STAGES[name].shared and bundle.checkpoint:
-                ranks.exchange(_Order(index, bundle.checkpoint.folder.absolute(), stage_folder.absolute()))
+            shared = bundle.checkpoint if STAGES[name].shared else None
+            if shared:
+                ranks.exchange(_Order(index, shared.folder.absolute(), stage_folder.absolute()))
             run = Run(recipe.seed, stage_folder, show, on_warning, ranks=ranks, defer=folder.defer)
             bundle, entry = _run_stage(name, config, bundle, run, folder)
+            if shared:
+                ranks.exchange(None)  # the others have read what is moved to its place next
             folder.finish_stage(entry)
         if not folder.manifest["finished"]:
             folder.finish(complete_card)
@@ -96,6 +99,7 @@ def _assist(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
             return order or {}
         name, config = recipe.steps()[order.index]
         STAGES[name].run(open_bundle(str(order.model)), config, Run(recipe.seed, order.folder, ranks=ranks))
+        ranks.exchange(None)
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def test_an_error_in_a_stage_of_the_first_ends_all(
     assert "error: somewhere: No space left on device" in err
     assert other_err == ""
     monkeypatch.undo()
-    assert [code for code, _, _ in command("run", recipe, tmp_path / "out")] == [0, 0]
+    ended = command("run", recipe, tmp_path / "out")
+    assert [code for code, _, _ in ended] == [0, 0], ended
 
 
 def test_both_processes_killed_the_same_command_goes_on(
@@ -122,13 +124,41 @@ def test_both_processes_killed_the_same_command_goes_on(
 
         assert launch(work) == [None, None]
     assert len(json.loads((tmp_path / "out" / "01-prune" / "progress.json").read_text())["blocks"]) == 2
-    assert [code for code, _, _ in command(*arguments)] == [0, 0]
+    ended = command(*arguments)
+    assert [code for code, _, _ in ended] == [0, 0], ended
     arguments[2] = str(tmp_path / "whole")
-    assert [code for code, _, _ in command(*arguments)] == [0, 0]
+    ended = command(*arguments)
+    assert [code for code, _, _ in ended] == [0, 0], ended
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["stages"][0]["metrics"]["resumed_at_block"] == 2
     for name in ("model.safetensors", "masks.safetensors"):
         assert file_sha256(tmp_path / "out" / "model" / name) == file_sha256(tmp_path / "whole" / "model" / name)
+
+
+@pytest.mark.parametrize("stage", ["prune", "recover"])
+def test_a_model_stays_where_it_is_until_the_slower_process_has_opened_it(
+    command: Callable, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    from compressllm.models.checkpoint import Checkpoint
+
+    begin = Checkpoint.__init__
+
+    def late(self: Checkpoint, folder: Path) -> None:
+        if folder.parent.name == f"01-{stage}":
+            time.sleep(1)
+        begin(self, folder)
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            monkeypatch.setattr(Checkpoint, "__init__", late)
+
+    arguments: list[object] = ["prune", tiny, tmp_path / "pruned", "--method", "magnitude"]
+    if stage == "recover":
+        command(*arguments)
+        data = ["--data", text, "--seqlen", "32", "--max-tokens", "512", "--batch-tokens", "256"]
+        arguments = ["recover", tmp_path / "pruned", tmp_path / "recovered", "--losses", "ce=1.0", *data]
+    ended = command(*arguments, prepare=prepare)
+    assert [code for code, _, _ in ended] == [0, 0], ended
 
 
 def test_other_commands_are_the_firsts_alone(command: Callable, tiny: str) -> None:
