@@ -19,6 +19,7 @@ def prune(
     method: Annotated[str | None, flag(PruneConfig, "method")] = None,
     pattern: Annotated[str | None, flag(PruneConfig, "pattern")] = None,
     masks: Annotated[str | None, flag(PruneConfig, "masks")] = None,
+    gather: Annotated[str | None, flag(PruneConfig, "gather")] = None,
     reconstruct: Annotated[str | None, flag(PruneConfig, "reconstruct")] = None,
     data: Data = None,
     samples: Annotated[int | None, flag(CalibrationConfig, "samples")] = None,
@@ -41,6 +42,7 @@ def prune(
 
     settings = given(method=method_spec(method), pattern=pattern, masks=masks, skip=skip, order=order)
     settings |= given(allocation=method_spec(allocation), patterns=_by_glob(patterns) or None)
+    settings |= given(gather=switch_or_mapping(gather, "--gather"))
     settings |= given(reconstruct=switch_or_mapping(reconstruct, "--reconstruct"), dtype=dtype, device=device)
     settings["calibration"] = given(source=data, samples=samples, seqlen=seqlen)
     recipe = make_recipe({"model": model, "seed": seed, "stages": [{"prune": settings}]})

@@ -137,6 +137,11 @@ def _linear(weight: Tensor, bias: Tensor | None, packed: SparseLinear | None) ->
 
 def check_gatherable(mlp: Mlp) -> None:
     """Raise UnsupportedModelError if a weight cannot be gathered without being rounded anew."""
+    if mlp.down.packed is not None and mlp.down.packed.order is not None:
+        raise UnsupportedModelError(
+            f"{mlp.name}: its down projection is {mlp.down.packed.pattern}, and neurons cannot be cut out of an order "
+            "of their own; run it with backend dense, or a selector that chooses by token"
+        )
     for part in (mlp.gate, mlp.up, mlp.down):
         packed = part.packed if part is not None else None
         blocks = packed.packed.get("blocks") if packed is not None else None

@@ -37,12 +37,14 @@ class Pruned:
         weight: (out, in) float32, +0.0 wherever ``keep`` is False.
         notes: What the method has to say of this linear, as plain data for its row in the manifest.
         fallback: What it did instead of what was asked for, in one line, or None; warned of and recorded.
+        pattern: What the mask obeys, if that is not the pattern asked for but the same in an order of inputs.
     """
 
     keep: Tensor
     weight: Tensor
     notes: Mapping[str, Any] = field(default_factory=dict)
     fallback: str | None = None
+    pattern: SparsityPattern | None = None
 
 
 class Pruner(Protocol):

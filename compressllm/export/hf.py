@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressllm.core.detect import pattern_of
 from compressllm.core.errors import FormatError
+from compressllm.core.gathered import Gathered
 from compressllm.core.heap import trim_heap
 from compressllm.core.packedcodes import CODE_DTYPES, SCALES, unpack_codes
+from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.quantized import QuantizedWeight, StoredCodes
 from compressllm.core.registry import build
@@ -112,6 +115,7 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
         # to an end here, but this object does.
         self._allow_reading_ahead = weakref.finalize(self, _set, _NO_READING_AHEAD, os.environ.get(_NO_READING_AHEAD))
         _set(_NO_READING_AHEAD, "1")
+        self._swaps.gathered = _gathered(model, kwargs.get("checkpoint_files") or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -143,11 +147,17 @@ class Swaps:
 
     Args:
         backend, keep_dense: As `PackedConfig` has them.
+
+    Attributes:
+        gathered: Linear name -> pattern, of those that have an order of inputs of their own.
     """
+
+    gathered: Mapping[str, Gathered]
 
     def __init__(self, backend: str, keep_dense: bool) -> None:
         self._backend, self._keep_dense = backend, keep_dense
         self._made: dict[str, nn.Module] = {}
+        self.gathered = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Swaps:
         return self  # transformers copies a conversion for every tensor
@@ -158,7 +168,7 @@ class Swaps:
         """What transformers is to take for the weight of linear ``name``: the weight itself where it stays dense."""
         if not isinstance(linear, nn.Linear) or (self._backend == PLAIN and not (codes and codes.dynamic)):
             return weight
-        pattern = pattern_of(keep)
+        pattern = self._pattern(name, keep)
         timings = Timings() if measuring() else None
         stored = {name: StoredCodes(codes.scheme, lambda: codes)} if codes else None
         swapper = Swapper(
@@ -172,6 +182,12 @@ class Swaps:
         self._made[name] = made
         trim_heap()
         return weight.new_empty(1).expand(weight.shape)
+
+    def _pattern(self, name: str, keep: Tensor) -> SparsityPattern:
+        """What a mask obeys: in the order that is told of the linear, if that is so, or as it stands."""
+        told = self.gathered.get(name)
+        fits = told is not None and told.refuses(keep.shape) is None and not told.violations(keep)
+        return told if told is not None and fits else pattern_of(keep)
 
     def install_(self, model: nn.Module) -> None:
         """Put them into the places of the linears they were made of, biases included. Changes ``model`` in place."""
@@ -265,6 +281,21 @@ class UnpackExperts(ConversionOps):  # type: ignore[misc]
             return self._format.unpack("expert", read, shape)
         parts[SCALES] = next(packed[SCALES], None)  # only quantised experts have them
         return unpack_codes("expert", read, keep, torch.float32).dequantize()
+
+
+def _gathered(model: Any, files: Sequence[str]) -> dict[str, Gathered]:
+    """Linear name -> pattern, of those that ``compressllm.json`` beside a checkpoint's files gives an order."""
+    from transformers.utils import cached_file
+
+    from compressllm.models.facts import FILE_NAME, read_facts
+
+    folder = Path(files[0]).parent if files else None
+    if folder is None or not (folder / FILE_NAME).exists():  # of a model of the hub, which is asked for it
+        found = cached_file(model.name_or_path, FILE_NAME, _raise_exceptions_for_missing_entries=False)
+        folder = Path(found).parent if found else None
+    facts = read_facts(folder) if folder else None
+    patterns = facts.patterns if facts else {}
+    return {name: pattern for name, pattern in patterns.items() if isinstance(pattern, Gathered)}
 
 
 def _set(variable: str, value: str | None) -> None:

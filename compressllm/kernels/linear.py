@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from compressllm.core.errors import BackendUnavailableError, PatternError
+from compressllm.core.gathered import Gathered
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight
@@ -58,6 +59,7 @@ def choose_backend(
     Raises: BackendUnavailableError with the reason if the one asked for cannot run here, or with all reasons if none
         can; RecipeError if there is none of that name.
     """
+    weight, pattern, _ = in_its_order(weight, pattern)
     if wanted != AUTO:
         chosen: Backend = build(BACKENDS, wanted)
         if reason := chosen.refuses(weight, pattern, wanted=True):
@@ -85,6 +87,8 @@ def choose_backend(
 class SparseLinear(nn.Module):
     """``y = x W^T + b`` with W held in a backend's packed form.
 
+    Of a gathered pattern it packs the columns in the pattern's order, and takes its inputs in that.
+
     Its state dict is that of the nn.Linear it replaces, with the weight unpacked, so that a model saves as before;
     load weights before swapping. ``to(device)`` and ``to(dtype)`` work on the packed form.
 
@@ -103,6 +107,7 @@ class SparseLinear(nn.Module):
 
     bias: nn.Parameter | None
     dense: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -124,6 +129,10 @@ class SparseLinear(nn.Module):
             raise PatternError(f"{lost} weights are not zero where the mask prunes; apply the mask first")
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
+        dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        weight, _, order = in_its_order(weight, pattern)
+        self.register_buffer("order", order, persistent=False)
+        keep = keep if order is None else keep.index_select(1, order)
         self.backend = backend
         self._backend: Backend = build(BACKENDS, backend)
         self._parts: list[str] = []
@@ -133,7 +142,6 @@ class SparseLinear(nn.Module):
         self.rounds = scheme if scheme and scheme.dynamic else None
         self._rounded_by_backend = self._backend.rounds_up_to if isinstance(weight, QuantizedWeight) else 0
         self.dense_from = dense_from
-        dense = None if dense_from is None else weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
         self.register_buffer("dense", dense, persistent=False)
         self.register_parameter("bias", bias)
 
@@ -155,7 +163,8 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight, unpacked at every access, bit for bit."""
-        return self._backend.unpack(self.packed, self.in_features)
+        weight = self._backend.unpack(self.packed, self.in_features)
+        return weight if self.order is None else weight.index_select(1, self.order.argsort())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -165,6 +174,8 @@ class SparseLinear(nn.Module):
             x = x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
         if self.dense is not None and many:
             return functional.linear(x, self.dense, self.bias)
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         return self._backend.linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
@@ -177,6 +188,22 @@ class SparseLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def in_its_order(
+    weight: Tensor | QuantizedWeight, pattern: SparsityPattern
+) -> tuple[Tensor | QuantizedWeight, SparsityPattern, Tensor | None]:
+    """An (out, in) weight as a backend packs it, what it obeys so, and the (in,) order its inputs are gathered in.
+
+    That is the weight itself and None but for a gathered pattern; and for that too if groups of its inputs share
+    scales, which another order would tear apart: backends then find no N:M in it.
+    """
+    if not isinstance(pattern, Gathered) or (isinstance(weight, QuantizedWeight) and weight.group < weight.shape[1]):
+        return weight, pattern, None
+    order = pattern.places.to(weight.device)
+    if isinstance(weight, QuantizedWeight):
+        return replace(weight, codes=weight.codes.index_select(1, order)), pattern.base, order
+    return weight.detach().index_select(1, order), pattern.base, order
 
 
 def _lost(weight: Tensor, keep: Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.gathered import Gathered
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.quantized import QuantizedWeight, StoredCodes, quantize_absmax, round_to_nearest
 from compressllm.kernels.linear import AUTO, PLAIN, Choice, SparseLinear, choose_backend, left_as_it_is, named
@@ -65,7 +66,7 @@ class Swapper:
         """
         choices = {}
         schemes = {name: stored.scheme for name, stored in self._stored.items()}
-        kinds = {(shapes[name], self._patterns[name], schemes.get(name)) for name in self.sparse}
+        kinds = {(shapes[name], _measured(self._patterns[name]), schemes.get(name)) for name in self.sparse}
         for shape, pattern, scheme in sorted(kinds, key=str):
             plain = torch.zeros(shape, dtype=dtype, device=device)
             zeros = round_to_nearest(plain, plain != 0, scheme) if scheme else self._rounded(plain, None)
@@ -109,6 +110,11 @@ class Swapper:
             return weight
         weight = weight.detach()
         return quantize_absmax(weight, weight != 0 if keep is None else keep, self._bits, self._group)
+
+
+def _measured(pattern: SparsityPattern) -> SparsityPattern:
+    """What is measured for a pattern: in whichever order, the kernel is the same."""
+    return pattern.base if isinstance(pattern, Gathered) else pattern
 
 
 def swap_linears_(model: nn.Module, swapper: Swapper) -> dict[str, Choice]:

@@ -19,8 +19,9 @@ from pydantic import (
 )
 
 from compressllm import __version__
-from compressllm.core.errors import FormatError
-from compressllm.core.pattern import SparsityPattern, parse_pattern
+from compressllm.core.errors import CompressError, FormatError
+from compressllm.core.gathered import Gathered
+from compressllm.core.pattern import NM, SparsityPattern, parse_pattern
 from compressllm.core.scheme import SchemeName
 from compressllm.models.seal import FACTS_NAME, seal
 from compressllm.models.shards import file_sha256
@@ -30,12 +31,26 @@ FILE_NAME = FACTS_NAME
 
 
 def _pattern(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"gathered", "order"}:
+        base = _pattern(value["gathered"])
+        try:
+            if isinstance(base, NM) and isinstance(value["order"], str):
+                return Gathered.read(base, value["order"])
+        except CompressError as error:
+            raise ValueError(str(error)) from None
     if not isinstance(value, str | SparsityPattern):
         raise ValueError(f"{value!r} is no pattern")
     return parse_pattern(value)
 
 
-Pattern = Annotated[Any, BeforeValidator(_pattern), PlainSerializer(str)]
+def _written(pattern: SparsityPattern) -> str | dict[str, str]:
+    if isinstance(pattern, Gathered):
+        return {"gathered": str(pattern.base), "order": pattern.order_text}
+    return str(pattern)
+
+
+#: A pattern as `parse_pattern` reads it; of a gathered one also its order.
+Pattern = Annotated[Any, BeforeValidator(_pattern), PlainSerializer(_written)]
 
 
 class LinearFacts(BaseModel):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
+from compressllm.core.gathered import Gathered
 from compressllm.core.masks import MaskStore, PackedMask, pack_bits
-from compressllm.core.pattern import SparsityPattern
+from compressllm.core.pattern import NM, SparsityPattern
 from compressllm.models.blocks import all_linears, find_blocks
 from compressllm.models.bundle import Bundle, bundle_of
 from compressllm.models.checkpoint import MASKS_NAME, Checkpoint
@@ -61,7 +62,8 @@ class LiveRecord:
 
     def close(self) -> Bundle:
         """The same model with its new masks."""
-        return replace(self._bundle, masks=self._masks, patterns={**self._bundle.patterns, **self._patterns})
+        patterns = {**self._bundle.patterns, **with_orders(self._patterns, self.rows)}
+        return replace(self._bundle, masks=self._masks, patterns=patterns)
 
 
 class FolderRecord:
@@ -135,7 +137,7 @@ class FolderRecord:
         linears = {self._stored[name]: self._linears[name] for name in self._patterns}
         finish_sparse_folder(
             self._journal.work, self._source, linears, masks,
-            {self._stored[name]: pattern for name, pattern in self._patterns.items()},
+            {self._stored[name]: pattern for name, pattern in with_orders(self._patterns, self.rows).items()},
         )  # fmt: skip
         self._journal.finish()
         return bundle_of(Checkpoint(self._journal.final), self._bundle.tokenizer, self._bundle.model)
@@ -177,6 +179,15 @@ class FollowingRecord:
         """Open the checkpoint that the first rank has put into place."""
         self._out.close()
         return bundle_of(Checkpoint(self._final), self._bundle.tokenizer, self._bundle.model)
+
+
+def with_orders(patterns: Mapping[str, SparsityPattern], rows: Rows) -> dict[str, SparsityPattern]:
+    """Patterns as they were asked for -> in the orders of inputs that rows of linears tell of."""
+    orders = {row["linear"]: row["order"] for row in rows if "order" in row}
+    return {
+        name: Gathered.read(pattern, orders[name]) if name in orders and isinstance(pattern, NM) else pattern
+        for name, pattern in patterns.items()
+    }
 
 
 def finish_sparse_folder(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressllm.core.gathered import in_order_of
 from compressllm.core.pattern import SparsityPattern
 from compressllm.models.blocks import all_linears
 from compressllm.models.checkpoint import Checkpoint
@@ -61,7 +62,8 @@ def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tu
     """How many prunable linears there are, and each as it is read, one in memory at a time.
 
     Args:
-        pattern: What to hold every linear against; None takes what each was pruned to.
+        pattern: What to hold every linear against, in the order of inputs that it was pruned in; None takes what each
+            was pruned to.
     """
     model = skeleton(checkpoint)
     stored = tensor_names(model, checkpoint)
@@ -75,7 +77,9 @@ def survey(checkpoint: Checkpoint, pattern: SparsityPattern | None = None) -> tu
             owner = tensor.removesuffix(".weight")
             weight = linear.turned(checkpoint.read(tensor))
             keep = checkpoint.mask(owner)
-            yield _survey_linear(name, weight, keep, pattern or patterns.get(owner), schemes.get(owner))
+            recorded = patterns.get(owner)
+            against = in_order_of(pattern, recorded) if pattern else recorded
+            yield _survey_linear(name, weight, keep, against, schemes.get(owner))
 
     return len(linears), rows()
 

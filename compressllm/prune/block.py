@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressllm.calibration.walker import Block
 from compressllm.core.errors import CalibrationError
+from compressllm.core.gathered import Gathered
 from compressllm.core.layererror import relative_error
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import Pruned
@@ -56,7 +57,7 @@ def prune_block(
             weight = weights.read(f"{name}.weight").to(block.device, torch.float32)
             pruned = _solved(name, weight, seen, solve)
             own_masks[name] = pruned.keep
-            own_rows.append(_row(name, weight, pruned, seen, plan[name]))
+            own_rows.append(_row(name, weight, pruned, seen, pruned.pattern or plan[name]))
             weights.replace_(f"{name}.weight", pruned.weight)  # last: `weight` may be the parameter itself
             del seen, pruned
         all_masks, all_rows = gather_linears_(run.ranks, owner, own_masks, own_rows, weights, block.device)
@@ -96,6 +97,7 @@ def _row(name: str, weight: Tensor, pruned: Pruned, stats: InputStats, pattern: 
         "sparsity": 1.0 - int(pruned.keep.count_nonzero()) / pruned.keep.numel(),
         "tokens": stats.tokens,
         "error": relative_error(weight, pruned.weight, stats),
+        **({"order": pattern.order_text} if isinstance(pattern, Gathered) else {}),
         **pruned.notes,
         **({"pooled": stats.pooled} if stats.pooled else {}),
         **({"fallback": fallback} if fallback else {}),

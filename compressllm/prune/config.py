@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from compressllm.calibration.config import CalibrationConfig
 from compressllm.core.config import Config, Device, Dtype, Pattern, PatternOrDense, method_of
@@ -49,6 +49,33 @@ def _switch(value: Any) -> Any:
 Reconstruct = Annotated[ReconstructConfig | None, BeforeValidator(_switch)]
 
 
+def _scores(spec: Any) -> Any:
+    if not callable(getattr(build(PRUNERS, spec), "score", None)):
+        raise ValueError(f"{spec!r} does not score weights one by one; give magnitude, wanda or another criterion")
+    return spec
+
+
+#: A pruner that scores each weight.
+Criterion: Any = Annotated[method_of(PRUNERS), AfterValidator(_scores)]
+
+
+class GatherConfig(Config):
+    """Give each linear an order of inputs of its own; a kernel for N:M then gathers its inputs at every call."""
+
+    score: Criterion = "wanda"
+    """What counts as kept: a pruner that scores each weight, as magnitude, wanda or ria do."""
+    only: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Globs of the linears that gather, as in '*.down_proj'."""
+    rounds: int = Field(default=100, ge=0)
+    """Search effort: rounds of exchanges for each order, at most."""
+    rows: int = Field(default=16384, ge=1)
+    """Rows of scores looked at for each order; of more, a random sample."""
+
+
+#: Settings, or a plain true or false for the defaults or none.
+Gather = Annotated[GatherConfig | None, BeforeValidator(_switch)]
+
+
 class PruneConfig(Config):
     """Prune a checkpoint in one shot."""
 
@@ -68,6 +95,8 @@ class PruneConfig(Config):
     """Text the method looks at, if it looks at any."""
     order: Literal["parallel", "sequential"] = "parallel"
     """Whether a block's linears are calibrated on its dense siblings, or in turn on those pruned before them."""
+    gather: Gather = None
+    """Prune N:M in an order of each linear's own, in which its inputs are gathered: true, or a mapping of settings."""
     reconstruct: Reconstruct = None
     """Train what stays of each block towards the dense outputs: true, or a mapping of settings."""
     dtype: Dtype = "auto"
@@ -77,13 +106,21 @@ class PruneConfig(Config):
     activation_memory_gb: float = Field(default=4.0, ge=0)
     """Hidden states held in memory; more spill to disk."""
 
+    @model_validator(mode="after")
+    def _gathers_groups(self) -> PruneConfig:
+        if self.gather and self.masks:
+            raise ValueError("masks have their order already; give gather, or masks")
+        if self.gather and not any(isinstance(one, NM) for one in (self.pattern, *self.patterns.values())):
+            raise ValueError(f"{self.pattern} has no groups that an order of inputs matters to; give N:M as in 2:4")
+        return self
+
 
 class PermuteConfig(Config):
     """Reorder channels so that an N:M pattern keeps more, at no cost: the model computes the same."""
 
     pattern: Pattern = NM(2, 4)
     """The N:M pattern that the model is to be pruned to."""
-    score: method_of(PRUNERS) = "wanda"  # type: ignore[valid-type]
+    score: Criterion = "wanda"
     """What counts as kept: a pruner that scores each weight, as magnitude, wanda or ria do."""
     scope: tuple[Literal["mlp", "attention", "residual"], ...] = Field(
         default=("mlp", "attention", "residual"), min_length=1
@@ -108,10 +145,3 @@ class PermuteConfig(Config):
         if not isinstance(pattern, NM):
             raise ValueError(f"{pattern} has no groups that an order of channels matters to; give N:M as in 2:4")
         return pattern
-
-    @field_validator("score")
-    @classmethod
-    def _scores(cls, spec: object) -> object:
-        if not callable(getattr(build(PRUNERS, spec), "score", None)):  # type: ignore[arg-type]
-            raise ValueError(f"{spec!r} does not score weights one by one; give magnitude, wanda or another criterion")
-        return spec

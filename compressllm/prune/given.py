@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressllm.core.errors import FormatError, PatternError, RecipeError
+from compressllm.core.gathered import Gathered
 from compressllm.core.masks import pack_bits
 from compressllm.core.pattern import NM, SparsityPattern, Unstructured
 from compressllm.core.protocols import PRUNERS, Pruned, Pruner
@@ -21,6 +22,7 @@ from compressllm.models.loading import skeleton
 from compressllm.models.resolve import resolve_model
 from compressllm.models.tensornames import tensor_names
 from compressllm.prune.config import PruneConfig
+from compressllm.prune.gather import solve_in_order
 from compressllm.prune.plan import make_plan
 from compressllm.prune.refiner import Refiner
 
@@ -66,6 +68,8 @@ class GivenMasks:
                 continue
             self.plan[name] = self._pattern(name, keep, pattern)
             digest.update(f"{name} {tuple(keep.shape)} {self.plan[name]}\n".encode())
+            if isinstance(gathered := self.plan[name], Gathered):
+                digest.update(gathered.order_text.encode())
             digest.update(pack_bits(keep).numpy().tobytes())
         if not self.plan:
             raise FormatError(f"{self._where}: none of the linears to refine is sparse there; give a pruned model")
@@ -73,8 +77,11 @@ class GivenMasks:
 
     def refine(self, name: str, weight: Tensor, stats: InputStats) -> Pruned:
         """Refine the mask of a planned linear, whose dense weight is (out, in) float32. Does not change it."""
-        pattern = self.plan[name]
-        return self._refiner.refine(weight, self.keep(name).to(weight.device), stats, pattern)
+        pattern, keep = self.plan[name], self.keep(name).to(weight.device)
+        if not isinstance(pattern, Gathered):
+            return self._refiner.refine(weight, keep, stats, pattern)
+        ordered = pattern.ordered(keep)
+        return solve_in_order(weight, stats, pattern, lambda *seen: self._refiner.refine(seen[0], ordered, *seen[1:]))
 
     def keep(self, name: str) -> Tensor:
         """The (out, in) bool mask of a planned linear, on the CPU.
@@ -84,7 +91,7 @@ class GivenMasks:
         keep, pattern = self._read(name), self.plan[name]
         if keep is None:
             raise FormatError(f"{self._where}: the mask of {name} is gone; it must not change while it is read")
-        return pattern.keep(keep.float()) if isinstance(pattern, NM) else keep
+        return pattern.keep(keep.float()) if isinstance(pattern, NM | Gathered) else keep
 
     def _same_linears(self, there: Mapping[str, PrunableLinear], here: Mapping[str, PrunableLinear]) -> None:
         for name in [*here, *there]:

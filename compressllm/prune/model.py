@@ -31,6 +31,7 @@ from compressllm.prune.apportion import planned_sparsity
 from compressllm.prune.block import prune_block
 from compressllm.prune.config import PruneConfig, ReconstructConfig
 from compressllm.prune.dense import dense_pass
+from compressllm.prune.gather import Gather
 from compressllm.prune.given import open_given
 from compressllm.prune.plan import make_plan
 from compressllm.prune.reconstruct import mean_errors, reconstruct_, tapped
@@ -51,9 +52,13 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     asked = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
     linears = all_linears(bundle.model)
     shapes = {name: linears[name].shape for name in asked}
+    gather = Gather(config.gather, run.seed) if config.gather else None
+    needs = pruner.needs | (gather.needs if gather else frozenset())
+    if gather:
+        gather.check(asked)
     if config.reconstruct:
         _check_reconstruct({name: linears[name] for name in asked}, run)
-    needs_text = bool(pruner.needs | allocator.needs or config.reconstruct)
+    needs_text = bool(needs | allocator.needs or config.reconstruct)
     windows = windows_for(bundle, config.calibration, run) if needs_text else None
     ids = run.ranks.share(windows.ids) if windows else None
     if windows and "hessian" in pruner.needs:
@@ -82,15 +87,20 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
     record = _open_record(bundle, run, plan.patterns, fingerprint, dtype, device)
 
     def solve(name: str, weight: Tensor, stats: InputStats) -> Pruned:
-        return given.refine(name, weight, stats) if given else pruner.prune(weight, stats, plan.patterns[name])
+        if given:
+            return given.refine(name, weight, stats)
+        pattern = plan.patterns[name]
+        return (
+            gather.prune(name, weight, stats, pattern, pruner.prune) if gather else pruner.prune(weight, stats, pattern)
+        )
 
     if config.reconstruct:
         options = replace(options, target=config.reconstruct.target, tapped=tapped(config.reconstruct))
-    walked = ids if pruner.needs or config.reconstruct else None
+    walked = ids if needs or config.reconstruct else None
     blocks = walk_blocks(bundle.model, walked, record.weights, options, start=record.done)
     begun = time.perf_counter()
     for block in run.track(blocks, len(find_blocks(bundle.model).modules) - record.done, "pruning"):
-        masks, rows = prune_block(block, plan.patterns, pruner.needs, solve, config.order, record.weights, run)
+        masks, rows = prune_block(block, plan.patterns, needs, solve, config.order, record.weights, run)
         if config.reconstruct:
             _reconstruct_block(block, masks, rows, record.weights, config.reconstruct, run)
         record.finish(block.name, masks, rows)
@@ -99,7 +109,7 @@ def prune_model(bundle: Bundle, config: PruneConfig | None = None, run: Run | No
 
     pruned_bundle = run.ranks.first_then_rest(record.close)
     for row in record.rows:
-        run.log(**row)
+        run.log(**{key: value for key, value in row.items() if key != "order"})  # which the model's facts have
     run.metrics.update(
         linears=len(plan.patterns),
         sparsity=pruned_bundle.masks.sparsity(),

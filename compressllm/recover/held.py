@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressllm.core.detect import find_sparsity, pattern_of
 from compressllm.core.errors import FormatError, PatternError, RecipeError
+from compressllm.core.gathered import in_order_of
 from compressllm.core.masks import MaskStore
 from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.run import Run
@@ -123,8 +124,9 @@ def _by_size(bundle: Bundle, config: RecoverConfig) -> Held:
 def _check_asked(held: Held, asked: SparsityPattern, bundle: Bundle) -> None:
     for name in held.linears:
         keep = held.masks[name]
-        reason = asked.refuses(tuple(keep.shape))
-        if reason is None and (broken := asked.violations(keep)):
+        against = in_order_of(asked, held.patterns[name])
+        reason = against.refuses(tuple(keep.shape))
+        if reason is None and (broken := against.violations(keep)):
             reason = f"its mask breaks {asked} in {broken} places"
         if reason:
             raise PatternError(f"{_where(bundle)}{name}: {reason}; give the pattern it was pruned to, or none")

@@ -96,6 +96,8 @@ def _prune(bundle: Bundle, config: PruneConfig) -> MemoryNeed:
     hessian = "hessian" in pruner.needs
     # The weight and what it becomes; scores, and what choosing by them takes: a fraction sorts, and counts in 64 bits.
     work = 20 if hessian or isinstance(config.pattern, NM) else 28
+    if config.gather:  # what the search for an order holds, beside the scores; see `_permute`
+        work = max(work, 12 + 5 * 4 + 5 * 4 * min(sizes.linear, SEARCHED_AT_ONCE) // max(1, sizes.linear))
     phases = _walk(sizes, windows, config.activation_memory_gb, hessian, work, 3 if config.reconstruct else 1)
     if config.reconstruct:
         # Weights, two moments, the sum of the gradients, and one more of these on each core.

@@ -57,7 +57,8 @@ def _plan_prune(bundle: Bundle, config: PruneConfig) -> str:
     given = open_given(config, pruner, bundle)
     plan = given.plan if given else make_plan(bundle.model, config.pattern, config.skip, pruner.group, config.patterns)
     patterns = ", ".join(dict.fromkeys(str(pattern) for pattern in plan.values()))
-    return f"{config.method}, {len(plan)} linears to {patterns}"
+    order = ", in an order of inputs of each linear's own" if config.gather else ""
+    return f"{config.method}, {len(plan)} linears to {patterns}{order}"
 
 
 def _permute(bundle: Bundle, config: PermuteConfig, run: Run) -> Bundle:

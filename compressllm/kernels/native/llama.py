@@ -29,7 +29,7 @@ _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 class _Weight(ctypes.Structure):  # as in c/decode.c, and so the next two
     _fields_ = (
-        ("format", _POINTER), ("tile", _POINTER), ("blocks", _POINTER), ("bias", _POINTER),
+        ("format", _POINTER), ("tile", _POINTER), ("blocks", _POINTER), ("bias", _POINTER), ("order", _POINTER),
         ("rows", _INTEGER), ("columns", _INTEGER),
     )  # fmt: skip
 
@@ -48,6 +48,7 @@ class _Decoder(ctypes.Structure):
         *((name, _INTEGER) for name in ("count", "hidden", "inner", "heads", "key_heads", "head_size", "length")),
         ("epsilon", _FLOAT), ("scale", _FLOAT), ("type", ctypes.c_int),
         ("active_rows", _POINTER), ("active_columns", _POINTER), ("index", _POINTER), ("memory", _POINTER),
+        ("gathered", _POINTER),
     )  # fmt: skip
 
 
@@ -110,7 +111,8 @@ class LlamaStep:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._index = index = torch.arange(max(self._length, self._head.out_features), dtype=torch.int32)
         memory = torch.empty(2 * (hidden + inner + widest + key_heads * size) + heads * self._length)
-        self._held: list[object] = [memory, index, keys, values]  # all that the C side has addresses of
+        gathered = torch.empty(max(hidden, inner, widest))
+        self._held: list[object] = [memory, gathered, index, keys, values]  # all that the C side has addresses of
         blocks = (_Block * len(decoder.layers))()
         for block, layer, its_keys, its_values in zip(blocks, decoder.layers, keys, values, strict=True):
             block.attention_norm = self._float(layer.input_layernorm.weight)
@@ -123,6 +125,7 @@ class LlamaStep:
             blocks, self._float(decoder.norm.weight), len(blocks), hidden, inner, heads, key_heads, size, self._length,
             config.rms_norm_eps, first.scaling, _TYPES[keys[0].dtype],
             c_function("active_rows"), c_function("active_columns"), index.data_ptr(), memory.data_ptr(),
+            gathered.data_ptr(),
         )  # fmt: skip
 
     def __call__(self, ids: Tensor, position: int) -> Tensor:
@@ -153,7 +156,12 @@ class LlamaStep:
         kernel, blocks = backend.kernel(linear.packed), linear.packed["blocks"]
         self._held.append(blocks)
         bias = None if linear.bias is None else self._float(linear.bias)
-        return _Weight(kernel.format, kernel.tile, blocks.data_ptr(), bias, linear.out_features, linear.in_features)
+        order = None if linear.order is None else linear.order.int()
+        self._held.append(order)
+        return _Weight(
+            kernel.format, kernel.tile, blocks.data_ptr(), bias, None if order is None else order.data_ptr(),
+            linear.out_features, linear.in_features,
+        )  # fmt: skip
 
 
 def llama_step(model: Any, cache: Any) -> Callable[[Tensor, int], Tensor] | None:

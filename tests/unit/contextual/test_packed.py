@@ -12,6 +12,8 @@ from compressllm.contextual.coarse import PromptMlp
 from compressllm.contextual.decode import Decoding
 from compressllm.contextual.fine import TokenMlp
 from compressllm.contextual.sirius import Sirius
+from compressllm.core.errors import UnsupportedModelError
+from compressllm.core.gathered import Gathered
 from compressllm.core.pattern import NM
 from compressllm.kernels.linear import SparseLinear
 from compressllm.kernels.native.library import unavailable
@@ -46,6 +48,16 @@ def test_gathered_neurons_are_packed_and_compute_what_masked_ones_do(packed: Pre
         mask[runner.index] = 1
         right = runner.mlp.down(runner.mlp.activations(x)[1] * mask)
         torch.testing.assert_close(runner.draft(x), right)
+
+
+def test_neurons_are_not_cut_out_of_inputs_in_an_order_of_their_own(packed: PreTrainedModel, prompt: Tensor) -> None:
+    mlp = packed.model.layers[1].mlp
+    pattern = Gathered.of(PATTERN, torch.randperm(48))
+    weight = torch.randn(32, 48, dtype=torch.float64)
+    keep = pattern.keep(weight)
+    mlp.down_proj = SparseLinear(weight * keep, keep, None, pattern, "reference")
+    with pytest.raises(UnsupportedModelError, match="its down projection is 2:4 gathered, and neurons cannot be cut"):
+        prompt_through(Contextual(packed, "griffin", 0.5), prompt)
 
 
 def test_kernels_compute_gathered_neurons_too(build_model: Callable[..., PreTrainedModel], prompt: Tensor) -> None:

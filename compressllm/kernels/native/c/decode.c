@@ -11,7 +11,8 @@ struct weight {
     const struct format *format;
     tile_fn *tile;
     const void *blocks;
-    const float *bias; /* or NULL */
+    const float *bias;    /* or NULL */
+    const int32_t *order; /* its inputs in the order that its columns are packed in, or NULL if that is theirs */
     int64_t rows, columns;
 };
 
@@ -30,6 +31,7 @@ struct decoder {
     rows_fn *active_rows, *active_columns;
     const int32_t *index; /* 0, 1, .. length - 1 */
     float *memory;        /* 2 hidden + 2 inner + (2 heads + 2 key heads) * head size + heads * length */
+    float *gathered;      /* inputs of any linear */
 };
 
 /* e^x to two units in the last place; 0 below -87. Written so that compilers make vectors of it.
@@ -108,7 +110,11 @@ static void attend(const struct decoder *decoder, const struct block *block, flo
     }
 }
 
-static int apply(float *y, const float *x, const struct weight *weight) {
+static int apply(float *y, const float *x, const struct weight *weight, float *gathered) {
+    if (weight->order) {
+        for (int64_t i = 0; i < weight->columns; i++) gathered[i] = x[weight->order[i]];
+        x = gathered;
+    }
     return linear(weight->format, weight->tile, y, x, weight->bias, weight->blocks, 1, weight->rows, weight->columns,
                   FLOAT32);
 }
@@ -119,21 +125,22 @@ int decode(const struct decoder *decoder, float *state, const float *cos, const 
     int64_t hidden = decoder->hidden, inner = decoder->inner, size = decoder->head_size;
     float *x = decoder->memory, *y = x + hidden, *gate = y + hidden, *up = gate + inner, *q = up + inner;
     float *found = q + decoder->heads * size, *k = found + decoder->heads * size, *v = k + decoder->key_heads * size;
-    float *scores = v + decoder->key_heads * size;
+    float *scores = v + decoder->key_heads * size, *gathered = decoder->gathered;
     for (const struct block *block = decoder->blocks; block < decoder->blocks + decoder->count; block++) {
         norm(x, state, block->attention_norm, hidden, decoder->epsilon);
-        if (apply(q, x, &block->q) || apply(k, x, &block->k) || apply(v, x, &block->v)) return 1;
+        if (apply(q, x, &block->q, gathered) || apply(k, x, &block->k, gathered)) return 1;
+        if (apply(v, x, &block->v, gathered)) return 1;
         rotate(q, decoder->heads, size, cos, sin);
         rotate(k, decoder->key_heads, size, cos, sin);
         remember(decoder, block->keys, k, position);
         remember(decoder, block->values, v, position);
         attend(decoder, block, found, q, scores, position + 1);
-        if (apply(y, found, &block->o)) return 1;
+        if (apply(y, found, &block->o, gathered)) return 1;
         for (int64_t i = 0; i < hidden; i++) state[i] += y[i];
         norm(x, state, block->mlp_norm, hidden, decoder->epsilon);
-        if (apply(gate, x, &block->gate) || apply(up, x, &block->up)) return 1;
+        if (apply(gate, x, &block->gate, gathered) || apply(up, x, &block->up, gathered)) return 1;
         for (int64_t i = 0; i < inner; i++) up[i] *= gate[i] / (1.0f + exponential(-gate[i])); /* SiLU */
-        if (apply(y, up, &block->down)) return 1;
+        if (apply(y, up, &block->down, gathered)) return 1;
         for (int64_t i = 0; i < hidden; i++) state[i] += y[i];
     }
     norm(state, state, decoder->last_norm, hidden, decoder->epsilon);

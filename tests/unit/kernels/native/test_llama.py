@@ -11,6 +11,7 @@ from transformers import (
     StaticCache,
 )
 
+from compressllm.core.gathered import Gathered
 from compressllm.core.pattern import NM
 from compressllm.eval.decoding import Decoder
 from compressllm.kernels.native.llama import LlamaStep, llama_step, refuses
@@ -36,19 +37,21 @@ CONFIGS = {
 }
 
 
-def model_of(config, dtype=torch.float32, backend="native", bits=None, head=False, dense=()):
-    """Random weights that bfloat16 holds, 2:4 in all linears but those named in ``dense``."""
+def model_of(config, dtype=torch.float32, backend="native", bits=None, head=False, dense=(), gathered=False):
+    """Random weights that bfloat16 holds, 2:4, gathered or not, in all linears but those named in ``dense``."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for p in model.parameters():
         p.data = (torch.randn_like(p) / p.shape[-1] ** 0.5 + (p.dim() == 1)).bfloat16().to(dtype)
-    masks = {}
+    masks, patterns = {}, {}
     for name, module in model.named_modules():
         kept = isinstance(module, torch.nn.Linear) and not name.endswith(dense or "?")
         if kept and (head or name != "lm_head"):
-            masks[name] = NM(2, 4).keep(module.weight.abs())
+            order = torch.randperm(module.in_features)
+            patterns[name] = Gathered.of(NM(2, 4), order) if gathered else NM(2, 4)
+            masks[name] = patterns[name].keep(module.weight.abs())
             module.weight.data *= masks[name]
-    swap_linears_(model, Swapper(masks, dict.fromkeys(masks, NM(2, 4)), backend, bits=bits, group=32))
+    swap_linears_(model, Swapper(masks, patterns, backend, bits=bits, group=32))
     return model
 
 
@@ -67,6 +70,16 @@ def test_computes_what_the_model_does(name, backend, bits):
     ids = torch.randint(70, (1, 21), generator=torch.Generator().manual_seed(1))
     expected, kind = logits_of(model, ids, 5)
     assert kind == "transformers"
+    got, kind = logits_of(model, ids, 5, llama_step)
+    assert kind == "native"
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_gathers_inputs():
+    ids = torch.randint(70, (1, 21), generator=torch.Generator().manual_seed(1))
+    model = model_of(CONFIGS["biases"](), gathered=True)
+    assert model.model.layers[0].mlp.down_proj.order is not None
+    expected, _ = logits_of(model, ids, 5)
     got, kind = logits_of(model, ids, 5, llama_step)
     assert kind == "native"
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
