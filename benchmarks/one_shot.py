@@ -2,7 +2,7 @@
 
     python benchmarks/one_shot.py --calibration c4 --data wikitext2 --rows dense,wanda,admm,permute+admm+reconstruct
 
-A row is a pruner's name, with what goes before and after it: `permute+`, `+reconstruct`, `+sequential`; or `best`, the
+A row is a pruner's name, with what goes before and after it: `permute+`, `gather+`, `+reconstruct`, `+sequential`; or `best`, the
 recipe best-one-shot-2of4 with its calibration text replaced; or `theirs:METHOD`, the authors' own code (see
 reference.py), for which --reference METHOD=CLONE and --reference-python are needed. Every row is a process of its own.
 Rows that the result file has already are not measured again, so a stopped run goes on.
@@ -52,6 +52,8 @@ def stages(row: str, pattern: str, ids: Path) -> list[dict[str, Any]]:
             found.append({"permute": {"pattern": pattern, "calibration": calibration}})
         elif part == "reconstruct":
             prune["reconstruct"] = {}
+        elif part == "gather":
+            prune["gather"] = True
         elif part == "sequential":
             prune["order"] = "sequential"
         else:
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--reference", action="append", default=[], help="METHOD=CLONE of the authors' code")
     parser.add_argument("--reference-python", default=sys.executable)
     parser.add_argument("--dtype", default="float32", help="dtype the authors' code computes in")
+    parser.add_argument("--keep", type=Path, help="folder in which the models of rows stay")
     options = parser.parse_args()
     options.clones = dict(pair.split("=", 1) for pair in options.reference)
 
@@ -120,13 +123,19 @@ def main() -> None:
         for row in options.rows.split(",")
     ]
 
+    def kept(row: str) -> Path | None:
+        if options.keep is None:
+            return None
+        (options.keep / row).mkdir(parents=True, exist_ok=True)
+        return Path(options.keep / row)
+
     def show(made: dict[str, Any]) -> str:
         seconds = {key: value for key, value in made.items() if key.endswith("seconds")}
         return f"{made['pattern']:6} {made['row']:28} {made['perplexity']:10.3f} {seconds}"
 
     measure_rows(
         options, bundle, about, keys,
-        lambda key, ids, scratch: measure(key["row"], key["pattern"], ids, options, scratch), show,
+        lambda key, ids, scratch: measure(key["row"], key["pattern"], ids, options, kept(key["row"]) or scratch), show,
     )  # fmt: skip
 
 
