@@ -2,8 +2,8 @@
 
     python benchmarks/one_shot.py --calibration c4 --data wikitext2 --rows dense,wanda,admm,permute+admm+reconstruct
 
-A row is a pruner's name, with what goes before and after it: `permute+`, `gather+`, `+reconstruct`, `+sequential`; or `best`, the
-recipe best-one-shot-2of4 with its calibration text replaced; or `theirs:METHOD`, the authors' own code (see
+A row is a pruner's name, with what goes before and after it: `permute+`, `gather+`, `+reconstruct`, `+sequential`; or
+`best`, the recipe best-one-shot-2of4 with its calibration text replaced; or `theirs:METHOD`, the authors' own code (see
 reference.py), for which --reference METHOD=CLONE and --reference-python are needed. Every row is a process of its own.
 Rows that the result file has already are not measured again, so a stopped run goes on.
 """

@@ -25,6 +25,8 @@ class QuantizedWeight:
         group: 32, 64 or 128; or, one scale a row, the number of inputs.
         computes_in: Dtype of the activations it is meant for, and the one `dequantize` gives unless told.
         dynamic: Whether activations are rounded as well, as `Scheme.round_tokens` does.
+        order: (in,) int64 order of inputs whose consecutive ones share scales, codes lying as inputs came; None if
+            that is how they came.
 
     Raises: FormatError if these do not fit each other.
     """
@@ -35,6 +37,7 @@ class QuantizedWeight:
     group: int
     computes_in: torch.dtype = torch.bfloat16
     dynamic: bool = False
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in LARGEST:
@@ -84,11 +87,23 @@ class QuantizedWeight:
         """The same weight on another device, or meant for activations of another dtype."""
         if isinstance(target, torch.dtype):
             return replace(self, computes_in=target)
-        return replace(self, codes=self.codes.to(target), scales=self.scales.to(target))
+        order = None if self.order is None else self.order.to(target)
+        return replace(self, codes=self.codes.to(target), scales=self.scales.to(target), order=order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) weight. In float32 the product is exact for scales that float16 holds, and is rounded once."""
-        return dequantize(self.codes, self.scales, self.group).to(dtype or self.computes_in)
+        weight = self if self.order is None else self.in_order(self.order)
+        made = dequantize(weight.codes, weight.scales, self.group).to(dtype or self.computes_in)
+        return made if self.order is None else made.index_select(1, self.order.argsort())
+
+    def in_order(self, order: Tensor) -> QuantizedWeight:
+        """Its columns in its own order, or any if rows have one scale each: consecutive ones share scales then."""
+        return replace(self, codes=self.codes.index_select(1, order), order=None)
+
+    def placed(self, order: Tensor) -> QuantizedWeight:
+        """Of a weight whose columns stood in an order when it was rounded: as they came. Inverse of `in_order`."""
+        codes = self.codes.index_select(1, order.argsort())
+        return replace(self, codes=codes, order=order if self.group < self.shape[1] else None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,9 @@ def dequantize(codes: Tensor, scales: Tensor, group: int) -> Tensor:
     return codes * scales.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
 
 
-def round_to_nearest(weight: Tensor, keep: Tensor, scheme: Scheme, group: int | None = None) -> QuantizedWeight:
+def round_to_nearest(
+    weight: Tensor, keep: Tensor, scheme: Scheme, group: int | None = None, order: Tensor | None = None
+) -> QuantizedWeight:
     """Round each weight to the nearest of its group, whose scale is that of its largest kept weight.
 
     Scales are chosen before rounding; kernels keep them in two bytes without loss.
@@ -119,9 +136,12 @@ def round_to_nearest(weight: Tensor, keep: Tensor, scheme: Scheme, group: int | 
         weight: (out, in), any float dtype, finite.
         keep: (out, in) bool; what it prunes gets code 0.
         group: Inputs that share a scale, if not as the scheme says.
+        order: (in,) int64 order in which consecutive inputs share scales, if not as they come.
 
     Raises: FormatError if the group is not supported, or a scale is too large for float16.
     """
+    if order is not None:
+        return round_to_nearest(weight[:, order], keep[:, order], scheme, group).placed(order)
     out, columns = weight.shape
     group = group or scheme.width(columns)
     kept = weight.float().masked_fill(~keep, 0.0)
@@ -131,6 +151,8 @@ def round_to_nearest(weight: Tensor, keep: Tensor, scheme: Scheme, group: int | 
     return QuantizedWeight(codes, scales, scheme.bits, group, weight.dtype, scheme.dynamic)
 
 
-def quantize_absmax(weight: Tensor, keep: Tensor, bits: int, group: int) -> QuantizedWeight:
+def quantize_absmax(
+    weight: Tensor, keep: Tensor, bits: int, group: int, order: Tensor | None = None
+) -> QuantizedWeight:
     """`round_to_nearest` to integers of 8 or 4 bits, a scale for 32, 64, 128 or all inputs. Raises FormatError."""
-    return round_to_nearest(weight, keep, Scheme(bits, group), group)
+    return round_to_nearest(weight, keep, Scheme(bits, group), group, order)

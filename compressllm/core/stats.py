@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,6 +51,21 @@ class InputStats:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]  # type: ignore[no-any-return]
+
+    def in_order(self, order: Tensor) -> InputStats:
+        """The same of inputs in another order, (in,) int64; what was derived is derived anew."""
+
+        def ordered(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.index_select(-1, order.to(value.device))
+
+        hessian = ordered(self.hessian)
+        return replace(
+            self,
+            mean=ordered(self.mean),
+            var=ordered(self.var),
+            sqnorm=ordered(self.sqnorm),
+            hessian=None if hessian is None else ordered(hessian.T),
+        )
 
     def need(self, name: Need) -> Tensor:
         """The statistic ``name``.

@@ -67,6 +67,11 @@ def pack_stock(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor
 
     Raises: FormatError if that dtype does not hold the scales.
     """
+    if weight.order is not None:
+        raise FormatError(
+            f"{name}: its groups lie in an order of inputs of its own, and none is written as {FORMAT}; quantise to a "
+            "scale a row, as int8, or prune without gather"
+        )
     scales = weight.scales.to(weight.computes_in)
     if not torch.equal(scales.float(), weight.scales):
         raise FormatError(f"{name}: {weight.computes_in} does not hold its scales; quantise the model again")

@@ -24,7 +24,7 @@ from compressllm.core.detect import pattern_of
 from compressllm.core.errors import FormatError
 from compressllm.core.gathered import Gathered
 from compressllm.core.heap import trim_heap
-from compressllm.core.packedcodes import CODE_DTYPES, SCALES, unpack_codes
+from compressllm.core.packedcodes import CODE_DTYPES, ORDER, SCALES, unpack_codes
 from compressllm.core.pattern import SparsityPattern
 from compressllm.core.protocols import BACKENDS, FORMATS, Format
 from compressllm.core.quantized import QuantizedWeight, StoredCodes
@@ -94,7 +94,9 @@ class PackedLoader(HfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter: the tensors of a packed linear -> its weight."""
         chosen: Format = build(FORMATS, self.quantization_config.format)
-        parts = [_pattern(part) for part in _parts(chosen) if part != "weight"]  # that one has its name already
+        parts = [
+            _pattern(part) for part in (*_parts(chosen), ORDER) if part != "weight"
+        ]  # that one has its name already
         scheme = self.quantization_config.scheme
         dynamic = scheme is not None and parse_scheme(scheme).dynamic
         return [WeightConverter(parts, ".weight", operations=[Unpack(chosen, self._swaps, dynamic)])]
@@ -231,7 +233,8 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         keep = self._format.mask(linear, read, (out, columns))
         codes = None
         if keep is not None and input_dict.get(_pattern(SCALES)):
-            codes = unpack_codes(linear, read, keep, parameter.dtype, self._dynamic)
+            ordered = bool(input_dict.get(_pattern(ORDER)))
+            codes = unpack_codes(linear, read, keep, parameter.dtype, self._dynamic, ordered)
             weight = codes.dequantize()
         else:
             weight = self._format.unpack(linear, read, (out, columns)).to(parameter.dtype)

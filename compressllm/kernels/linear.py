@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compressllm.core.errors import BackendUnavailableError, PatternError
 from compressllm.core.gathered import Gathered
-from compressllm.core.pattern import SparsityPattern
+from compressllm.core.pattern import SparsityPattern, Unstructured
 from compressllm.core.protocols import BACKENDS, Backend
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
@@ -195,15 +195,22 @@ def in_its_order(
 ) -> tuple[Tensor | QuantizedWeight, SparsityPattern, Tensor | None]:
     """An (out, in) weight as a backend packs it, what it obeys so, and the (in,) order its inputs are gathered in.
 
-    That is the weight itself and None but for a gathered pattern; and for that too if groups of its inputs share
-    scales, which another order would tear apart: backends then find no N:M in it.
+    That is the weight itself and None but for a gathered pattern; and for that too if its inputs share scales in
+    groups that lie otherwise and that order would tear apart: backends then find no N:M in it.
     """
-    if not isinstance(pattern, Gathered) or (isinstance(weight, QuantizedWeight) and weight.group < weight.shape[1]):
-        return weight, pattern, None
-    order = pattern.places.to(weight.device)
+    gathered = pattern if isinstance(pattern, Gathered) else None
     if isinstance(weight, QuantizedWeight):
-        return replace(weight, codes=weight.codes.index_select(1, order)), pattern.base, order
-    return weight.detach().index_select(1, order), pattern.base, order
+        order = weight.order
+        if order is None and gathered and weight.group == weight.shape[1]:
+            order = gathered.places.to(weight.device)
+        if order is None:
+            return weight, pattern, None
+        fits = gathered is not None and gathered.order == tuple(order.tolist())
+        return weight.in_order(order), gathered.base if gathered and fits else Unstructured(pattern.sparsity), order
+    if gathered is None:
+        return weight, pattern, None
+    order = gathered.places.to(weight.device)
+    return weight.detach().index_select(1, order), gathered.base, order
 
 
 def _lost(weight: Tensor, keep: Tensor) -> int:

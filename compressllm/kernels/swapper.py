@@ -69,7 +69,7 @@ class Swapper:
         kinds = {(shapes[name], _measured(self._patterns[name]), schemes.get(name)) for name in self.sparse}
         for shape, pattern, scheme in sorted(kinds, key=str):
             plain = torch.zeros(shape, dtype=dtype, device=device)
-            zeros = round_to_nearest(plain, plain != 0, scheme) if scheme else self._rounded(plain, None)
+            zeros = round_to_nearest(plain, plain != 0, scheme) if scheme else self._rounded(plain, None, pattern)
             kind = f"{shape[0]}x{shape[1]} {pattern}" + (f" {scheme}" if scheme else "")
             with named(kind):
                 choices[kind] = self._choose(zeros, pattern)
@@ -103,13 +103,14 @@ class Swapper:
     def _weight(self, name: str, linear: nn.Linear) -> Tensor | QuantizedWeight:
         if name in self._stored:
             return self._stored[name].read().to(linear.weight.device).to(linear.weight.dtype)
-        return self._rounded(linear.weight, self._masks[name])
+        return self._rounded(linear.weight, self._masks[name], self._patterns[name])
 
-    def _rounded(self, weight: Tensor, keep: Tensor | None) -> Tensor | QuantizedWeight:
+    def _rounded(self, weight: Tensor, keep: Tensor | None, pattern: SparsityPattern) -> Tensor | QuantizedWeight:
         if self._bits is None:
             return weight
         weight = weight.detach()
-        return quantize_absmax(weight, weight != 0 if keep is None else keep, self._bits, self._group)
+        order = pattern.places.to(weight.device) if isinstance(pattern, Gathered) else None
+        return quantize_absmax(weight, weight != 0 if keep is None else keep, self._bits, self._group, order)
 
 
 def _measured(pattern: SparsityPattern) -> SparsityPattern:

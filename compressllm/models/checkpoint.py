@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from compressllm.core import stockcodes
 from compressllm.core.errors import FormatError, UnsupportedModelError
 from compressllm.core.masks import MaskStore, PackedMask, StoredMask
-from compressllm.core.packedcodes import SCALES, unpack_codes
+from compressllm.core.packedcodes import ORDER, SCALES, unpack_codes
 from compressllm.core.protocols import FORMATS
 from compressllm.core.quantized import QuantizedWeight
 from compressllm.core.registry import build
@@ -105,7 +105,7 @@ class Checkpoint:
         specs: dict[str, TensorSpec] = {}
         for name, spec in stored.items():
             owner, _, part = name.rpartition(".")
-            if owner not in self._packed or part not in (*self._format.tensors, SCALES):
+            if owner not in self._packed or part not in (*self._format.tensors, SCALES, ORDER):
                 specs[name] = spec
             elif part == ("weight" if self._packed[owner].scheme else self._format.tensors[0]):
                 specs[f"{owner}.weight"] = TensorSpec(spec.dtype, self._packed[owner].stored_shape)
@@ -141,7 +141,8 @@ class Checkpoint:
             facts = self._stock[linear]
             return stockcodes.unpack_stock(linear, self._shards.read, facts.shape, parse_scheme(str(facts.scheme)))
         dtype, scheme = self._shards.read(f"{linear}.weight").dtype, parse_scheme(str(self._packed[linear].scheme))
-        return unpack_codes(linear, self._shards.read, self._packed_keep(linear), dtype, scheme.dynamic)
+        ordered = f"{linear}.{ORDER}" in self._shards.specs
+        return unpack_codes(linear, self._shards.read, self._packed_keep(linear), dtype, scheme.dynamic, ordered)
 
     def mask(self, linear: str) -> Tensor | None:
         """The stored (out, in) bool mask of a linear, or None if it has none."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm import __version__
+from compressllm.core.gathered import Gathered
 from compressllm.core.masks import MaskStore
 from compressllm.core.packedcodes import codes_layout, pack_codes, unpack_codes
 from compressllm.core.pattern import SparsityPattern, Unstructured
@@ -66,10 +67,14 @@ class QuantizedRecord:
         held = {n: one for n, one in linears.items() if n in names or n in bundle.masks}
         self._stored = {name: tensors[f"{name}.weight"].removesuffix(".weight") for name in held}
         self._masks, patterns = MaskStore(), dict[str, SparsityPattern]()
+        self._orders: dict[str, Tensor] = {}
         for name, stored in self._stored.items():
             dense = name not in bundle.masks
             self._masks[stored] = torch.ones(held[name].shape, dtype=torch.bool) if dense else bundle.masks[name]
-            patterns[stored] = Unstructured(0.0) if dense else bundle.patterns[name]
+            patterns[stored] = pattern = Unstructured(0.0) if dense else bundle.patterns[name]
+            grouped = name in names and parse_scheme(scheme).width(held[name].shape[1]) < held[name].shape[1]
+            if grouped and isinstance(pattern, Gathered) and held[name].expert is None:
+                self._orders[stored] = pattern.places
         self._facts = {
             stored: LinearFacts(
                 pattern=patterns[stored],
@@ -84,9 +89,14 @@ class QuantizedRecord:
         by_stored = {self._stored[name]: linear for name, linear in held.items()}
         quantized = {self._stored[name] for name in names}
         self._out = PackedShards(
-            self._journal.work, self._source, self._masks, by_stored, quantized, parse_scheme(scheme), bool(self.done)
-        )
+            self._journal.work, self._source, self._masks, by_stored, quantized, parse_scheme(scheme), self._orders,
+            bool(self.done),
+        )  # fmt: skip
         self.weights = StreamedWeights(bundle.model, self._source, self._out, set(self._journal.blocks), dtype, device)
+
+    def order(self, name: str) -> Tensor | None:
+        """(in,) order of inputs that a linear's groups are to lie in: that of its pattern; None if as they come."""
+        return self._orders.get(self._stored[name])
 
     def quantize_(self, name: str, weight: QuantizedWeight) -> None:
         """Write the codes of a linear of the loaded block, and give it the weight that they stand for."""
@@ -127,6 +137,7 @@ class PackedShards(ShardWriter):
         masks: Stored name -> mask, of the linears that are packed.
         linears: The same names -> linear.
         quantized: Those of them whose codes `write_codes` is given; their plain weights are not written.
+        orders: The same names -> order of inputs, of the quantised whose groups lie in one.
         begun: As of `ShardWriter`.
     """
 
@@ -138,10 +149,11 @@ class PackedShards(ShardWriter):
         linears: Mapping[str, PrunableLinear],
         quantized: set[str],
         scheme: Scheme,
+        orders: Mapping[str, Tensor],
         begun: bool,
     ) -> None:
         self._packed: Format = build(FORMATS, FORMAT)
-        self._masks, self._linears, self._quantized = masks, linears, quantized
+        self._masks, self._linears, self._quantized, self._orders = masks, linears, quantized, orders
         self._dtypes = {name: source.specs[f"{name}.weight"].dtype for name in linears}
         layout: dict[str, TensorSpec] = {}
         for name, spec in source.specs.items():
@@ -150,7 +162,7 @@ class PackedShards(ShardWriter):
                 layout[name] = spec
                 continue
             if owner in quantized:
-                parts = codes_layout(owner, spec.dtype, masks[owner], scheme)
+                parts = codes_layout(owner, spec.dtype, masks[owner], scheme, owner in orders)
             else:
                 parts = self._packed.layout(owner, spec.dtype, masks[owner])
             layout.update({part: TensorSpec(*each) for part, each in parts.items()})
@@ -179,7 +191,9 @@ class PackedShards(ShardWriter):
             return super().read(name)
         linear = self._linears[owner]
         if owner in self._quantized:
-            weight = unpack_codes(owner, super().read, self._masks[owner], self._dtypes[owner]).dequantize()
+            weight = unpack_codes(
+                owner, super().read, self._masks[owner], self._dtypes[owner], ordered=owner in self._orders
+            ).dequantize()
         else:
             weight = self._packed.unpack(owner, super().read, linear.shape)
         return linear.turned(weight).contiguous()

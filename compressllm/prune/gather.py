@@ -25,7 +25,7 @@ Solve = Callable[[Tensor, InputStats, SparsityPattern], Pruned]
 
 def solve_in_order(weight: Tensor, stats: InputStats, pattern: Gathered, solve: Solve) -> Pruned:
     """What ``solve`` makes of an (out, in) weight with its inputs in the pattern's order, put back as they came."""
-    made = solve(pattern.ordered(weight), _ordered(stats, pattern), pattern.base)
+    made = solve(pattern.ordered(weight), stats.in_order(pattern.places), pattern.base)
     return replace(made, keep=pattern.back(made.keep), weight=pattern.back(made.weight), pattern=pattern)
 
 
@@ -77,13 +77,3 @@ class Gather:
         made = solve_in_order(weight, stats, Gathered.of(pattern, found.places[0]), solve)
         notes = {**made.notes, "retained_before": found.before, "retained_after": found.after}
         return replace(made, notes=notes)
-
-
-def _ordered(stats: InputStats, pattern: Gathered) -> InputStats:
-    def ordered(value: Tensor | None) -> Tensor | None:
-        return None if value is None else pattern.ordered(value)
-
-    hessian = None if stats.hessian is None else pattern.ordered(pattern.ordered(stats.hessian).T)
-    return replace(
-        stats, mean=ordered(stats.mean), var=ordered(stats.var), sqnorm=ordered(stats.sqnorm), hessian=hessian
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -69,6 +69,7 @@ class AWQScale:
         folds: Folds,
         masks: MaskStore,
         scheme: Scheme,
+        order: Callable[[str], Tensor | None],
         weights: Weights,
         stats: dict[str, InputStats],
     ) -> dict[str, dict[str, Any]]:
@@ -76,6 +77,7 @@ class AWQScale:
 
         Args:
             names: The linears of the block that are to be quantised.
+            order: Gives the order of inputs that a linear's groups are to lie in.
 
         Returns: Linear name -> what its row is to say: ``scaled_into`` and ``alpha``, or ``unscaled``, the reason.
         """
@@ -86,7 +88,7 @@ class AWQScale:
             keeps = {n: masks[n].to(block.device) if n in masks else torch.ones_like(w).bool() for n, w in read.items()}
             seen, columns = stats[fold.readers[0]], fold.columns.to(block.device)
             with torch.inference_mode():
-                scale, alpha = self._search(read, keeps, seen, columns, scheme)
+                scale, alpha = self._search(read, keeps, seen, columns, scheme, order)
             if alpha == 0.0:
                 told |= {name: {"scaled_into": fold.into, "alpha": 0.0} for name in fold.readers}
                 continue
@@ -107,12 +109,14 @@ class AWQScale:
         stats: InputStats,
         columns: Tensor,
         scheme: Scheme,
+        order: Callable[[str], Tensor | None],
     ) -> tuple[Tensor, float]:
         """The best of the scales, one a channel, and its exponent."""
         channels = int(columns.max()) + 1
         squares = torch.zeros(channels, device=columns.device).index_add_(0, columns, stats.need("hessian").diagonal())
         size = (squares / columns.bincount()).sqrt()
         size = size.clamp(min=1e-4 * float(size.max()) or 1.0)
+        orders = {name: None if (own := order(name)) is None else own.to(columns.device) for name in weights}
         read = {name: (error_rows(weight), error_rows(keeps[name])) for name, weight in weights.items()}
         best, found = float("inf"), (torch.ones_like(size), 0.0)
         for step in range(self.grid + 1):
@@ -120,9 +124,9 @@ class AWQScale:
             scale = size**alpha
             scale = scale / (scale.max() * scale.min()).sqrt()
             error, wide = 0.0, scale[columns]
-            for weight, keep in read.values():
-                rounded = round_to_nearest(weight * wide, keep, scheme).dequantize(torch.float32) / wide
-                error += relative_error(weight, rounded, stats)
+            for name, (weight, keep) in read.items():
+                made = round_to_nearest(weight * wide, keep, scheme, order=orders[name])
+                error += relative_error(weight, made.dequantize(torch.float32) / wide, stats)
             if error < best:
                 best, found = error, (scale, alpha)
         return found

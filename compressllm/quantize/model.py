@@ -77,7 +77,9 @@ def quantize_model(bundle: Bundle, config: QuantizeConfig | None = None, run: Ru
         planned = [name for name in block.linears if name in names]
         rescale = None
         if folds is not None and isinstance(quantizer, AWQScale):
-            rescale = partial(quantizer.rescale_, block, planned, folds, bundle.masks, scheme, record.weights)
+            rescale = partial(
+                quantizer.rescale_, block, planned, folds, bundle.masks, scheme, record.order, record.weights
+            )
         rows = _quantize_block(block, planned, bundle, quantizer, scheme, config.order, record, run, rescale)
         record.finish(block.name, rows)
     quantized = record.close()
@@ -160,7 +162,7 @@ def _quantize_block(
             keep = bundle.masks[name].to(block.device) if name in bundle.masks else torch.ones_like(weight).bool()
             if lost := int(((weight != 0) & ~keep).count_nonzero()):
                 raise FormatError(f"{name}: holds {lost} weights that are not zero where its mask prunes")
-            made = _solved(name, weight, keep, seen, quantizer, scheme)
+            made = _solved(name, weight, keep, seen, quantizer, scheme, record.order(name))
             rows.append({**_row(name, weight, made, seen), **told.get(name, {})})
             record.quantize_(name, made.weight)
             if fallback := rows[-1].get("fallback"):
@@ -171,11 +173,21 @@ def _quantize_block(
 
 
 def _solved(
-    name: str, weight: Tensor, keep: Tensor, stats: InputStats, quantizer: Quantizer, scheme: Scheme
+    name: str,
+    weight: Tensor,
+    keep: Tensor,
+    stats: InputStats,
+    quantizer: Quantizer,
+    scheme: Scheme,
+    order: Tensor | None,
 ) -> Quantized:
     try:
         with torch.inference_mode():
-            return quantizer.quantize(weight, keep, stats, scheme)
+            if order is None:
+                return quantizer.quantize(weight, keep, stats, scheme)
+            order = order.to(weight.device)
+            made = quantizer.quantize(weight[:, order], keep[:, order], stats.in_order(order), scheme)
+            return replace(made, weight=made.weight.placed(order))
     except (CalibrationError, FormatError) as error:  # methods do not know whose weight they have
         raise type(error)(f"{name}: {error}") from None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressllm.core.errors import FormatError, TrainingError
+from compressllm.core.gathered import Gathered
 from compressllm.core.quantized import round_to_nearest
 from compressllm.core.scheme import Scheme
 from compressllm.recover.masking import MaskedWeight, Masking
@@ -44,8 +45,9 @@ class Rounded(Masking):
         if one.transposed:
             kept, keep = kept.T, keep.T
         columns = kept.shape[-1]  # experts of one tensor lie one above the other
+        order = one.pattern.places if isinstance(one.pattern, Gathered) and keep.dim() == 2 else None
         try:
-            rounded = round_to_nearest(kept.reshape(-1, columns), keep.reshape(-1, columns), self._scheme)
+            rounded = round_to_nearest(kept.reshape(-1, columns), keep.reshape(-1, columns), self._scheme, order=order)
         except FormatError as error:
             raise TrainingError(f"{name}: {error}; training diverged, lower lr") from None
         left = rounded.dequantize(torch.float32).view(kept.shape)

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 from compressllm.core.detect import pattern_of
 from compressllm.core.gathered import Gathered
 from compressllm.core.pattern import NM
+from compressllm.core.quantized import round_to_nearest
+from compressllm.core.scheme import parse_scheme
+from compressllm.export.hf import PackedConfig
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models.checkpoint import Checkpoint
 
@@ -57,8 +60,6 @@ def test_transformers_loads_it_onto_the_kernels_of_its_pattern(cli: Callable, pr
     assert cli("export", pruned, tmp_path / "packed", "--format", "packed").code == 0
     ids = torch.arange(20).unsqueeze(0)
     dense = AutoModelForCausalLM.from_pretrained(pruned / "model")
-    from compressllm.export.hf import PackedConfig
-
     config = PackedConfig(backend="reference")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", variant="packed", quantization_config=config)
     linear = packed.model.layers[0].mlp.down_proj
@@ -91,8 +92,38 @@ def test_recovers_and_quantises_with_its_orders(
         done = cli("quantize", pruned, tmp_path / scheme, "--scheme", scheme, "--data", text, *FAST)
         assert done.code == 0, done.err
         assert cli("verify", tmp_path / scheme, "--pattern", "2:4").code == 0
-        for backend in ("dense", "reference"):
-            perplexity(cli, tmp_path / scheme, text, "--backend", backend)
+        dense, packed = (perplexity(cli, tmp_path / scheme, text, "--backend", b) for b in ("dense", "reference"))
+        assert packed == pytest.approx(dense, rel=1e-2)
+    ids, checkpoint = torch.arange(20).unsqueeze(0), Checkpoint(tmp_path / "int4-g32" / "model")
+    assert "model.layers.0.mlp.up_proj.order" in checkpoint.stored_specs
+    config = PackedConfig(backend="reference")
+    folder = tmp_path / "int4-g32" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, variant="packed", quantization_config=config)
+    linear = model.model.layers[0].mlp.up_proj
+    assert isinstance(linear, SparseLinear)
+    assert linear.order is not None
+    weight = checkpoint.quantized("model.layers.0.mlp.up_proj").dequantize(torch.float32)
+    torch.testing.assert_close(linear.weight.float(), weight, rtol=1e-2, atol=1e-3)
+    assert model(ids).logits.isfinite().all()
+    done = cli("export", tmp_path / "int4-g32", tmp_path / "stock", "--format", "compressed-tensors")
+    assert done.code == 2
+    assert "its groups lie in an order of inputs of its own" in done.err
+    assert not (tmp_path / "stock").exists()
+
+
+def test_training_with_rounded_weights_rounds_as_quantising_does(
+    cli: Callable, tiny: str, text: str, pruned: Path, tmp_path: Path
+) -> None:
+    train = ("--data", text, "--seqlen", 32, "--max-tokens", 256, "--batch-tokens", 128, "--losses", "kl=1.0")
+    done = cli("recover", pruned, tmp_path / "out", "--teacher", tiny, *train, "--quantize", "int4-g32")
+    assert done.code == 0, done.err
+    assert cli("quantize", tmp_path / "out", tmp_path / "codes", "--scheme", "int4-g32", "--method", "rtn").code == 0
+    before, after = Checkpoint(tmp_path / "out" / "model"), Checkpoint(tmp_path / "codes" / "model")
+    name = "model.layers.1.mlp.down_proj"
+    order = before.facts.patterns[name].places
+    weight, keep = before.read(f"{name}.weight"), before.mask(name)
+    made = round_to_nearest(weight, keep, parse_scheme("int4-g32"), order=order)
+    assert torch.equal(after.read(f"{name}.weight"), made.dequantize())
 
 
 def test_what_makes_no_sense_is_one_line(cli: Callable, tiny: str, text: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -68,3 +69,18 @@ def test_damage_is_found(part, change, message):
     tensors[f"l.{part}"] = change(tensors[f"l.{part}"])
     with pytest.raises(FormatError, match=message):
         unpack_codes("l", tensors.__getitem__, keep, torch.float32)
+
+
+def test_groups_in_an_order_of_inputs_come_back():
+    keep = NM(2, 4).keep(torch.rand(8, 96, generator=torch.Generator().manual_seed(0)))
+    order, scheme = torch.randperm(96, generator=torch.Generator().manual_seed(1)), parse_scheme("int4-g32")
+    made = round_to_nearest(torch.randn(8, 96).bfloat16(), keep, scheme, order=order)
+    tensors = dict(pack_codes("l", made, keep))
+    layout = codes_layout("l", torch.bfloat16, keep, scheme, ordered=True)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == layout
+    back = unpack_codes("l", tensors.__getitem__, keep, torch.bfloat16, ordered=True)
+    assert torch.equal(back.dequantize(), made.dequantize())
+    assert not torch.equal(back.dequantize(), replace(back, order=None).dequantize())
+    tensors["l.order"][0] = tensors["l.order"][1]
+    with pytest.raises(FormatError, match="l: its order does not name each of 96 inputs once"):
+        unpack_codes("l", tensors.__getitem__, keep, torch.bfloat16, ordered=True)

@@ -13,7 +13,7 @@ from compressllm.core.pattern import NM, Unstructured
 from compressllm.core.protocols import BACKENDS
 from compressllm.core.quantized import quantize_absmax
 from compressllm.core.registry import build
-from compressllm.kernels.linear import SparseLinear, choose_backend
+from compressllm.kernels.linear import SparseLinear, choose_backend, in_its_order
 from compressllm.kernels.swapper import Swapper, swap_linears_
 from compressllm.models.blocks import all_linears
 
@@ -75,12 +75,32 @@ def test_one_scale_a_row_goes_along_and_groups_do_not(linear):
     torch.testing.assert_close(made(x), nn.functional.linear(x, rows.dequantize()), rtol=2e-2, atol=2e-2)
     assert made.order is not None
     assert torch.equal(made.weight, SparseLinear(rows, keep, None, Unstructured(0.5), "reference").weight)
-    groups = quantize_absmax(linear.weight, keep, 8, 32)
+    groups = quantize_absmax(linear.weight, keep, 8, 32)  # of inputs as they come
     choice = choose_backend(groups, PATTERN)
     assert choice.name not in {"native", "cusparselt", "sparse_mma"}
     other = SparseLinear(groups, keep, None, PATTERN, "reference")
     assert other.order is None
     assert torch.equal(other.weight, SparseLinear(groups, keep, None, Unstructured(0.5), "reference").weight)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_in_the_order_go_along(linear, bits):
+    keep, x = linear.weight != 0, torch.randn(3, 64).bfloat16()
+    made = quantize_absmax(linear.weight, keep, bits, 32, PATTERN.places)
+    ordered = quantize_absmax(PATTERN.ordered(linear.weight), PATTERN.ordered(keep), bits, 32)
+    assert torch.equal(PATTERN.ordered(made.dequantize()), ordered.dequantize())
+    names = able(*in_its_order(made, PATTERN)[:2])
+    assert "reference" in names
+    for name in names:
+        sparse = SparseLinear(made, keep, None, PATTERN, name)
+        assert sparse.order is not None
+        torch.testing.assert_close(sparse(x), nn.functional.linear(x, made.dequantize()), rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(sparse.weight.float(), made.dequantize(torch.float32), rtol=1e-2, atol=1e-3)
+    other = Gathered.of(NM(2, 4), PATTERN.places.flip(0).roll(1))  # holds in another order than its groups lie in
+    weight, pattern, order = in_its_order(made, other)
+    assert pattern == Unstructured(0.5)
+    assert torch.equal(order, PATTERN.places)
+    assert torch.equal(weight.codes, PATTERN.ordered(made.codes))
 
 
 def test_a_compiled_linear_is_one_graph(linear):

@@ -93,7 +93,7 @@ def test_the_search_finds_what_trying_each_finds() -> None:
     keep = NM(2, 4).keep(weight.abs())
     weight *= keep
     found, alpha = build(QUANTIZERS, {"awq-scale": {"grid": 8}})._search(
-        {"one": weight}, {"one": keep}, accumulator.finish("one"), torch.arange(64), scheme
+        {"one": weight}, {"one": keep}, accumulator.finish("one"), torch.arange(64), scheme, lambda name: None
     )
     errors = {}
     for step in range(9):
