@@ -99,6 +99,9 @@ def _prune(bundle: Bundle, config: PruneConfig) -> MemoryNeed:
     if config.gather:  # what the search for an order holds, beside the scores; see `_permute`
         work = max(work, 12 + 5 * 4 + 5 * 4 * min(sizes.linear, SEARCHED_AT_ONCE) // max(1, sizes.linear))
     phases = _walk(sizes, windows, config.activation_memory_gb, hessian, work, 3 if config.reconstruct else 1)
+    if config.order == "sequential":  # all windows wait within the block while a group of linears is solved
+        within = windows[0] * windows[1] * sizes.state * sizes.computed
+        phases["forward"]["activations"] = phases["solving"]["activations"] = within
     if config.reconstruct:
         # Weights, two moments, the sum of the gradients, and one more of these on each core.
         copies = 4 * sizes.block * (4 + sizes.threads)
