@@ -59,6 +59,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "masklora": {"losses": "kl=1.0", "train": "masklora", "lr": 2e-3},
     "spp": {"losses": "kl=1.0", "train": "spp", "lr": 4e-3},
     "bias-norm": {"losses": "kl=1.0", "train": "bias-norm", "lr": 5e-3},
+    "masklora-half-batch": {"losses": "kl=1.0", "train": "masklora", "lr": 2e-3, "batch_tokens": 1024},
+}
+ROWS |= {
+    f"{name}-half-batch-lr6e-4": ROWS[name] | {"batch_tokens": 1024, "lr": 6e-4}
+    for name in ("kl+squarehead", "ast", "ast-static", "ast-reversed", "ast-no-decay-no-moves", "deferred")
 }
 
 
