@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressllm.core.errors import FormatError, RecipeError
 from compressllm.core.gathered import Gathered
@@ -17,16 +17,20 @@ from compressllm.core.launch import launched_ranks
 from compressllm.core.pattern import NM, Unstructured
 from compressllm.core.run import Run
 from compressllm.core.stats import InputStats
+from compressllm.export.hf import PackedConfig
 from compressllm.export.writer import export_model
 from compressllm.models.blocks import all_linears
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.checkpoint import Checkpoint
+from compressllm.models.loading import load_model
 from compressllm.models.shards import file_sha256
 from compressllm.models.survey import survey
 from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.prune.model import prune_model
 from compressllm.prune.permute import permute_model
 from compressllm.prune.sparsegpt import SparseGPT
+from compressllm.quantize.config import QuantizeConfig
+from compressllm.quantize.model import quantize_model
 
 FILES = ("model.safetensors", "masks.safetensors", "compressllm.json", "config.json")
 
@@ -197,3 +201,33 @@ def test_settings_that_make_no_sense(prune: Callable) -> None:
     with pytest.raises(RecipeError, match=r"gather.only: '\*.k_prj' matches no linear to prune"):
         prune("out", gather={"only": ["*.k_prj"]})
     assert PruneConfig(gather=False).gather is None
+
+
+def test_every_architecture(decoder: PreTrainedModel, ids: str, tmp_path: Path) -> None:
+    decoder.save_pretrained(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    config = PruneConfig(calibration={"source": ids}, dtype="float32", gather={"rounds": 4})
+    bundle = prune_model(open_bundle(str(tmp_path / "model")), config, Run(folder=tmp_path / "out"))
+    assert bundle.checkpoint is not None
+    assert all(isinstance(pattern, Gathered) for pattern in bundle.patterns.values())
+    _, rows = survey(bundle.checkpoint, NM(2, 4))
+    assert all(row.sound for row in rows)
+    export_model(bundle.checkpoint, tmp_path / "packed", "packed")
+    packed = open_bundle(str(tmp_path / "packed"))
+    assert packed.patterns == bundle.patterns
+    _, rows = survey(Checkpoint(tmp_path / "packed"), NM(2, 4))
+    assert all(row.sound for row in rows)
+    (tmp_path / "codes").mkdir()
+    config = QuantizeConfig(scheme="int4-g32", method="rtn")
+    quantized = quantize_model(bundle, config, Run(folder=tmp_path / "codes"))
+    _, rows = survey(quantized.checkpoint, NM(2, 4))
+    assert all(row.sound for row in rows)
+    folder = tmp_path / "codes" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, variant="packed")
+    dense = AutoModelForCausalLM.from_pretrained(
+        folder, variant="packed", quantization_config=PackedConfig(backend="dense")
+    )
+    ids_of = torch.arange(8)[None]
+    torch.testing.assert_close(model(ids_of).logits, dense(ids_of).logits, rtol=5e-2, atol=5e-2)
+    plain = load_model(quantized.checkpoint)
+    torch.testing.assert_close(dense(ids_of).logits, plain(ids_of).logits.to(dense.dtype))
