@@ -16,7 +16,7 @@ Group = Literal["row", "layer"]
 
 @runtime_checkable
 class SparsityPattern(Protocol):
-    """A rule for choosing what stays. A frozen value; ``parse_pattern(str(p)) == p``."""
+    """A rule for choosing what stays. A frozen value; ``parse_pattern(str(p)) == p`` unless it has an order as well."""
 
     @property
     def sparsity(self) -> float:

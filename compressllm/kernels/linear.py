@@ -175,7 +175,7 @@ class SparseLinear(nn.Module):
         if self.dense is not None and many:
             return functional.linear(x, self.dense, self.bias)
         if self.order is not None:
-            x = x.index_select(-1, self.order)
+            x = _gathered(x, self.order)
         return self._backend.linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
@@ -211,6 +211,13 @@ def in_its_order(
         return weight, pattern, None
     order = gathered.places.to(weight.device)
     return weight.detach().index_select(1, order), gathered.base, order
+
+
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    """(..., in) in an order. Of 4 bytes torch moves elements five times as fast as of 2, on CPUs."""
+    if x.device.type != "cpu" or x.dtype.itemsize != 2:
+        return x.index_select(-1, order)
+    return x.float().index_select(-1, order).to(x.dtype)
 
 
 def _lost(weight: Tensor, keep: Tensor) -> int:

@@ -16,6 +16,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from compressllm import __version__
@@ -70,6 +71,12 @@ class LinearFacts(BaseModel):
     shape: tuple[int, int]
     transposed: bool = False
     scheme: SchemeName | None = None
+
+    @model_validator(mode="after")
+    def _order_fits(self) -> LinearFacts:
+        if isinstance(self.pattern, Gathered) and (reason := self.pattern.refuses(self.shape)):
+            raise ValueError(reason)
+        return self
 
     @property
     def stored_shape(self) -> tuple[int, int]:

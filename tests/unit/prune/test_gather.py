@@ -128,10 +128,17 @@ def test_facts_keep_the_orders_through_packing(prune: Callable, tmp_path: Path) 
     assert torch.equal(packed.masks["model.layers.1.mlp.up_proj"], bundle.masks["model.layers.1.mlp.up_proj"])
     facts = tmp_path / "packed" / "compressllm.json"
     damaged = json.loads(facts.read_text())
-    damaged["linears"]["model.layers.0.mlp.up_proj"]["pattern"]["order"] = "AAAAAAAAAAA="
-    facts.write_text(json.dumps(damaged))
-    with pytest.raises(FormatError, match="gathered: its order does not name each of 2 inputs once"):
-        Checkpoint(tmp_path / "packed")
+    up, down = (damaged["linears"][f"model.layers.0.mlp.{name}_proj"]["pattern"] for name in ("up", "down"))
+    for order, reason in (
+        ("AAAAAAAAAAA=", "gathered: its order does not name each of 2 inputs once"),
+        ("AAAAA", "gathered: its order is damaged"),
+        (None, "is no pattern"),
+        (down["order"], "32 inputs, and the order of 2:4 gathered is of 48"),
+    ):
+        up["order"] = order
+        facts.write_text(json.dumps(damaged))
+        with pytest.raises(FormatError, match=reason):
+            Checkpoint(tmp_path / "packed")
 
 
 def test_live_and_streamed_are_the_same(prune: Callable, llama: PreTrainedModel, ids: str) -> None:
