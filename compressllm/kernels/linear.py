@@ -22,6 +22,7 @@ from compressllm.kernels.measured import Seconds, Timings
 
 AUTO = "auto"
 _ROWS = 1024  # checked at once
+_FEW_INPUTS = 2048  # gathered at once, as they are: going over to another dtype takes longer
 PLAIN = "dense"  # the backend that nn.Linear is as it stands
 
 
@@ -215,7 +216,7 @@ def in_its_order(
 
 def _gathered(x: Tensor, order: Tensor) -> Tensor:
     """(..., in) in an order. Of 4 bytes torch moves elements five times as fast as of 2, on CPUs."""
-    if x.device.type != "cpu" or x.dtype.itemsize != 2:
+    if x.device.type != "cpu" or x.dtype.itemsize != 2 or x.numel() <= _FEW_INPUTS:
         return x.index_select(-1, order)
     return x.float().index_select(-1, order).to(x.dtype)
 
