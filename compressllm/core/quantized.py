@@ -140,7 +140,7 @@ def round_to_nearest(
 
     Raises: FormatError if the group is not supported, or a scale is too large for float16.
     """
-    if order is not None:
+    if order is not None and (group or scheme.width(weight.shape[1])) < weight.shape[1]:
         return round_to_nearest(weight[:, order], keep[:, order], scheme, group).placed(order)
     out, columns = weight.shape
     group = group or scheme.width(columns)

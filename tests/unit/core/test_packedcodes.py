@@ -71,6 +71,15 @@ def test_damage_is_found(part, change, message):
         unpack_codes("l", tensors.__getitem__, keep, torch.float32)
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_one_scale_a_row_is_the_same_in_any_order(name):
+    keep, scheme = NM(2, 4).keep(torch.rand(8, 96)), parse_scheme(name)
+    weight, order = torch.randn(8, 96).bfloat16(), torch.randperm(96)
+    made, plain = round_to_nearest(weight, keep, scheme, order=order), round_to_nearest(weight, keep, scheme)
+    assert made.order is None
+    assert torch.equal(made.dequantize(), plain.dequantize())
+
+
 def test_groups_in_an_order_of_inputs_come_back():
     keep = NM(2, 4).keep(torch.rand(8, 96, generator=torch.Generator().manual_seed(0)))
     order, scheme = torch.randperm(96, generator=torch.Generator().manual_seed(1)), parse_scheme("int4-g32")
