@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from compressllm.core.packedcodes import SCALES
+from compressllm.core.packedcodes import ORDER, SCALES
 from compressllm.core.protocols import FORMATS
 from compressllm.core.registry import build
 from compressllm.core.stockcodes import FORMAT, PARTS
@@ -28,7 +28,7 @@ def exported_sizes(checkpoint: Checkpoint) -> Sizes:
     if checkpoint.facts is None:
         return Sizes(0, 0)
     name = checkpoint.facts.format
-    parts = PARTS if name == FORMAT else (*build(FORMATS, name).tensors, SCALES)
+    parts = PARTS if name == FORMAT else (*build(FORMATS, name).tensors, SCALES, ORDER)
     plain, stored = checkpoint.specs, checkpoint.stored_specs
     linears = checkpoint.facts.linears
     return Sizes(

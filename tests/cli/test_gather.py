@@ -14,6 +14,7 @@ from compressllm.core.pattern import NM
 from compressllm.core.quantized import round_to_nearest
 from compressllm.core.scheme import parse_scheme
 from compressllm.export.hf import PackedConfig
+from compressllm.export.sizes import exported_sizes
 from compressllm.kernels.linear import SparseLinear
 from compressllm.models.checkpoint import Checkpoint
 
@@ -96,6 +97,9 @@ def test_recovers_and_quantises_with_its_orders(
         assert packed == pytest.approx(dense, rel=1e-2)
     ids, checkpoint = torch.arange(20).unsqueeze(0), Checkpoint(tmp_path / "int4-g32" / "model")
     assert "model.layers.0.mlp.up_proj.order" in checkpoint.stored_specs
+    orders = sum(spec.bytes for name, spec in checkpoint.stored_specs.items() if name.endswith(".order"))
+    parts = sum(spec.bytes for name, spec in checkpoint.stored_specs.items() if "_proj." in name)
+    assert 0 < orders < parts == exported_sizes(checkpoint).stored
     config = PackedConfig(backend="reference")
     folder = tmp_path / "int4-g32" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, variant="packed", quantization_config=config)
