@@ -62,6 +62,23 @@ ROWS: dict[str, dict[str, Any]] = {
     "masklora-half-batch": {"losses": "kl=1.0", "train": "masklora", "lr": 2e-3, "batch_tokens": 1024},
 }
 ROWS |= {
+    f"kl+ce-half-batch-lr{lr}-beta{beta}": ROWS["kl+ce"]
+    | {"batch_tokens": 1024, "micro_batch": 1, "lr": float(lr), "betas": [0.9, beta]}
+    for lr in ("3e-4", "4e-4", "6e-4", "1e-3", "2e-3")
+    for beta in (0.95, 0.98, 0.99, 0.995, 0.999)
+}
+ROWS |= {  # at its peak until the last fifth, so that the beginning of a longer training is that of a shorter one
+    f"{name}-constant": settings | {"floor": 1.0, "cooldown": 0.2, "warmup_tokens": 24_576}
+    for name, settings in ROWS.items()
+    if name.startswith("kl+ce-half-batch-lr") and "beta" in name
+}
+ROWS["dense-ce-half-batch-lr2e-4"] = ROWS["dense-ce"] | {
+    "batch_tokens": 1024,
+    "micro_batch": 1,
+    "lr": 2e-4,
+    "betas": [0.9, 0.999],
+}
+ROWS |= {
     f"{name}-half-batch-lr6e-4": ROWS[name] | {"batch_tokens": 1024, "lr": 6e-4}
     for name in ("kl+squarehead", "ast", "ast-static", "ast-reversed", "ast-no-decay-no-moves", "deferred")
 }
@@ -88,6 +105,8 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
     """Recover, verify, export, evaluate; what came out."""
     recover = {"teacher": options.teacher, "data": options.data.split(","), "max_tokens": options.tokens} | ROWS[row]
     recover |= {"seqlen": options.seqlen} | ({"mixture": options.mixture} if options.mixture else {})
+    if rise := recover.pop("warmup_tokens", None):
+        recover["warmup"] = min(0.05, rise / options.tokens)
     dense = ROWS[row].get("masking") == "none"
     if recover.pop("corrected", False):
         first = {**recover, "losses": "ce=1.0", "masking": "none", "lr": 1e-4}

@@ -18,6 +18,8 @@ def recover(
     student: Student,
     out: Out,
     teacher: Annotated[str | None, flag(RecoverStageConfig, "teacher")] = None,
+    teacher_tokens: Annotated[int | None, flag(RecoverStageConfig, "teacher_tokens")] = None,
+    teacher_lr: Annotated[float | None, flag(RecoverStageConfig, "teacher_lr")] = None,
     data: Annotated[list[str] | None, flag(RecoverStageConfig, "data", "May be repeated.")] = None,
     mixture: Annotated[str | None, flag(RecoverStageConfig, "mixture", "As in 0.7,0.3.")] = None,
     records: Annotated[list[str] | None, flag(RecoverStageConfig, "records", "May be repeated.")] = None,
@@ -64,7 +66,8 @@ def recover(
     from compressllm.stages.recipe import make_recipe, method_spec, switch_or_mapping
 
     settings = given(
-        teacher=teacher, data=data, mixture=_numbers(mixture), records=records, select=select, held_out=held_out,
+        teacher=teacher, teacher_tokens=teacher_tokens, teacher_lr=teacher_lr, data=data,
+        mixture=_numbers(mixture), records=records, select=select, held_out=held_out,
         seqlen=seqlen, max_tokens=max_tokens, batch_tokens=batch_tokens, micro_batch=micro_batch, lr=lr, warmup=warmup,
         schedule=schedule, weight_decay=weight_decay, clip=clip, losses=losses, teacher_cache=teacher_cache,
         temperature=temperature, masking=masking, pattern=pattern, skip=skip, decay=decay,

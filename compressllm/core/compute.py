@@ -34,6 +34,13 @@ def choose_dtype(wanted: Dtype, stored: torch.dtype, device: torch.device) -> to
     return stored
 
 
+def training_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for; ``auto`` takes bfloat16 where its matrix products are much faster, else float32."""
+    if wanted == "auto":
+        return torch.bfloat16 if multiplies_bf16_faster(device) else torch.float32
+    return getattr(torch, wanted)  # type: ignore[no-any-return]
+
+
 def cpu_name() -> str:
     """What the processor calls itself."""
     with contextlib.suppress(OSError):

@@ -16,6 +16,9 @@ T = TypeVar("T")
 #: Where a stage keeps, in its folder, how far it is; dropped once the run's manifest has the finished stage.
 JOURNAL = "progress.json"
 
+#: Where recovery keeps, in its folder, a teacher that it trains first; dropped with the journal.
+TEACHER = "teacher"
+
 #: What is being done: always the same, or looked up after every item.
 Label = str | Callable[[], str]
 

@@ -17,14 +17,22 @@ _HELD_OUT = 64  # windows at most
 _SHARE = 0.4  # of the tokens trained on, all looks at them together: a tenth of the time, a look being a forward pass
 
 
-def load_data(config: RecoverConfig, bundle: Bundle, run: Run) -> TrainingData:
+def held_out_windows(config: RecoverConfig) -> int:
+    """How many windows are held out at most, so that looking at them takes little of the time."""
+    looks = math.ceil(1 / config.evaluate_every)
+    return max(1, min(_HELD_OUT, int(_SHARE * config.max_tokens / looks / config.seqlen)))
+
+
+def load_data(config: RecoverConfig, bundle: Bundle, run: Run, most: int | None = None) -> TrainingData:
     """The rows that settings name, for the bundle's tokenizer and vocabulary; warns of what was not done as asked.
+
+    Args:
+        most: Windows held out at most; `held_out_windows` unless given.
 
     Raises: RecipeError, CalibrationError.
     """
     tokens, longest, vocabulary = config.max_tokens, bundle.max_seqlen, bundle.vocab_size
-    looks = math.ceil(1 / config.evaluate_every)
-    most = max(1, min(_HELD_OUT, int(_SHARE * tokens / looks / config.seqlen)))
+    most = held_out_windows(config) if most is None else most
     if config.records:
         data = load_tasks(
             record_files(config), bundle.tokenizer, config.seqlen, config.record, config.held_out,

@@ -42,8 +42,7 @@ class Gradients:
 
     def fit(self, copies: int) -> bool:
         """Whether so many sets of them are little enough to be held at once, each of one backward pass."""
-        floats = all(parameter.dtype == torch.float32 for parameter in self._parameters.values())
-        return floats and copies * 4 * sum(p.numel() for p in self._parameters.values()) <= _MOST_BYTES
+        return fit_beside(sum(p.numel() * p.element_size() for p in self._parameters.values()), copies)
 
     def of(self, loss: Tensor) -> dict[str, Tensor]:
         """The gradients of one loss, apart from the sums; may be called by several threads at once."""
@@ -53,7 +52,7 @@ class Gradients:
     def add_(self, gradients: Mapping[str, Tensor]) -> None:
         """Add what `of` gave to the sums, and take it over."""
         for name, gradient in gradients.items():
-            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
+            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient.float()
 
     def clear_(self) -> None:
         """Forget them, those of a backward pass that was broken off too."""
@@ -69,6 +68,11 @@ class Gradients:
             self._sums[name].add_(gradient)
         else:
             self._sums[name] = gradient.float()
+
+
+def fit_beside(size: int, copies: int) -> bool:
+    """Whether so many sets of gradients, each of ``size`` bytes, may be held beside their sums."""
+    return copies * size <= _MOST_BYTES
 
 
 def clip_(gradients: Mapping[str, Tensor], largest: float | None, total: Callable[[Tensor], Tensor]) -> float:

@@ -56,18 +56,20 @@ class Guide:
                 give adds up to the step's means. SquareHead's is the mean over micro-batches by their labels.
             rows: The rows the batch is made of, which a cache is asked for.
         """
-        if self.cache:
-            return student(batch, self.cache.at(rows), self.weights, denominator)
-        compares = bool(self.weights.squarehead)
-        answer = self.teacher(batch, blocks=compares) if self.teacher else None
-        head = answer.head if answer else None
-        if not (compares and answer):
-            return student(batch, head, self.weights, denominator)
+        if not (self.weights.squarehead and self.teacher):
+            return student(batch, self.answer(batch, rows), self.weights, denominator)
+        answer = self.teacher(batch, blocks=True)
         with block_outputs(self.blocks) as outputs:
-            loss, parts = student(batch, head, self.weights, denominator)
+            loss, parts = student(batch, answer.head, self.weights, denominator)
         valid = batch["labels"] != IGNORED
         part = squarehead(outputs, answer.blocks, valid, paper_exact=self.paper_exact) * (valid.sum() / denominator)
         return loss + self.weights.squarehead * part, parts | {"squarehead": part.detach()}
+
+    def answer(self, batch: Mapping[str, Tensor], rows: Sequence[int] = ()) -> Teacher | None:
+        """What the losses at the head are to compare a batch with; None if they look at the text alone."""
+        if self.cache:
+            return self.cache.at(rows)
+        return self.teacher(batch).head if self.teacher else None
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,13 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def rounds_products(*tensors: Tensor) -> bool:
+    """Whether `bf16_products` of these changes anything."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # not in every torch
+    rounded = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    return setting is not None and rounded and multiplies_bf16_faster(tensors[0].device)
+
+
 @contextmanager
 def bf16_products(*tensors: Tensor) -> Iterator[None]:
     """Have a CPU's float32 products take their inputs as bfloat16, if all of ``tensors`` are that.
@@ -116,11 +123,10 @@ def bf16_products(*tensors: Tensor) -> Iterator[None]:
     and of gradients the factors are rounded as they are in every other layer. The setting is the process's: no other
     thread may multiply meanwhile.
     """
-    setting = getattr(torch.backends.mkldnn, "matmul", None)  # not in every torch
-    rounded = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
-    if setting is None or not (rounded and multiplies_bf16_faster(tensors[0].device)):
+    if not rounds_products(*tensors):
         yield
         return
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressllm.recover.divergence import divergence_, log_sum
-from compressllm.recover.head import Head, product, product_dtype
+from compressllm.recover.head import Head, product, product_dtype, rounds_products
 from compressllm.recover.losses import LossWeights
 
 #: Label of a position at which nothing is to be predicted.
@@ -76,6 +76,9 @@ class HeadTask:
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.hidden, self.labels = hidden.detach(), labels
         self.head, self.teacher = head.prepared(self.dtype), teacher
+        # A CPU whose units take bfloat16 gives products in it, which is what these gradients are rounded to anyway.
+        self.rounds = rounds_products(hidden, head.weight)
+        self.factors = (self.hidden, head.weight.detach()) if self.rounds else (self.hidden, self.head.weight)
         self.weights, self.temperature = weights, temperature
         self.positions = (labels != IGNORED).nonzero().squeeze(1)
         self.count = len(self.positions)
@@ -109,7 +112,7 @@ def sum_over_chunks(task: HeadTask, wanted: Sequence[bool]) -> tuple[dict[str, T
             totals[name] += values.sum()
         if task.head.softcap:  # d tanh(x) = 1 - tanh(x)^2
             gradient.mul_(student.div_(task.head.softcap).square_().neg_().add_(1.0))
-        _add_(gradients, gradient, states, task.head, positions)
+        _add_(task, gradients, gradient, positions)
     return totals, gradients
 
 
@@ -189,22 +192,23 @@ def _minus_labels_(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
     return gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -weight)) if weight else gradient
 
 
-def _add_(gradients: Sequence[Tensor | None], by_logits: Tensor, states: Tensor, head: Head, positions: Tensor) -> None:
+def _add_(task: HeadTask, gradients: Sequence[Tensor | None], by_logits: Tensor, positions: Tensor) -> None:
     """Add a chunk's gradients by hidden states, weight and bias to their sums, in place."""
     by_hidden, by_weight, by_bias = gradients
     if by_bias is not None:
-        by_bias.add_(by_logits.sum(0), alpha=head.scale)
+        by_bias.add_(by_logits.sum(0), alpha=task.head.scale)
     if by_hidden is None and by_weight is None:
         return
-    if head.scale != 1.0:
-        by_logits.mul_(head.scale)
-    narrow = by_logits.to(states.dtype)
+    if task.head.scale != 1.0:
+        by_logits.mul_(task.head.scale)
+    hidden, weight = task.factors
+    narrow = by_logits.to(weight.dtype)
+    states = hidden[positions].to(weight.dtype)
+    out = weight.dtype if task.rounds else task.wide
     if by_hidden is not None:
-        by_hidden[positions] = product(
-            narrow, head.weight, torch.empty(states.shape, dtype=by_hidden.dtype, device=by_hidden.device)
-        )
+        by_hidden[positions] = product(narrow, weight, narrow.new_empty(states.shape, dtype=out)).to(by_hidden.dtype)
     if by_weight is not None:
         if narrow.dtype == by_weight.dtype:
             by_weight.addmm_(narrow.t(), states)
         else:
-            by_weight.add_(product(narrow.t(), states, torch.empty_like(by_weight)))
+            by_weight.add_(product(narrow.t(), states, torch.empty_like(by_weight, dtype=out)))

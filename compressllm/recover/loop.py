@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressllm.core.errors import TrainingError
 from compressllm.core.finite import first_not_finite, said_of
 from compressllm.core.halving import Halving
-from compressllm.core.parallel import map_batches
 from compressllm.core.run import Run
 from compressllm.recover.checkpoint import Checkpoints
 from compressllm.recover.config import RecoverConfig, rate_of
@@ -24,9 +23,11 @@ from compressllm.recover.heldout import HeldOut, count_labels
 from compressllm.recover.masking import Masking
 from compressllm.recover.metrics import Metrics
 from compressllm.recover.optimizer import Optimizer
+from compressllm.recover.passes import can_run_apart, run_apart
 from compressllm.recover.progress import Progress
 from compressllm.recover.rows import Order, Rows
 from compressllm.recover.sharding import Sharding
+from compressllm.recover.student import Student
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Training:
     """All that a training step touches."""
 
     accelerator: Accelerator
-    student: nn.Module
+    student: Student
     guide: Guide
     data: Rows
     held_out: HeldOut
@@ -133,30 +134,13 @@ class Training:
     def _passes(
         self, batches: Sequence[tuple[list[int], dict[str, Tensor]]], labels: float
     ) -> Iterator[dict[str, Tensor]]:
-        """Forward and backward of each micro-batch, whose losses are given; gradients go where they are summed.
-
-        On a CPU several run at once, each on one core, and are summed in order: that keeps cores busy where operators
-        split over them wait for each other.
-        """
-
-        def losses(index: int) -> tuple[Tensor, dict[str, Tensor]]:
-            rows, batch = batches[index]
-            return self.guide.loss(self.student, self._on_device(batch), labels, rows)
-
-        def gradients(index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            loss, parts = losses(index)
-            return {"loss": loss.detach(), **parts}, self.gradients.of(loss)
-
-        device = self.accelerator.device
-        threads = torch.get_num_threads()
-        alone = device.type != "cpu" or self.sharding.name != "replicated" or bool(self.guide.weights.squarehead)
-        if not alone and 1 < threads <= len(batches) and self.gradients.fit(threads + 1):
-            for parts, found in map_batches(gradients, len(batches), device, first_alone=False):
-                self.gradients.add_(found)
-                yield parts
+        """Forward and backward of each micro-batch, whose losses are given; gradients go where they are summed."""
+        apart = self.accelerator.device.type == "cpu" and self.sharding.name == "replicated"
+        if apart and can_run_apart(self.guide, self.gradients, batches):
+            yield from run_apart(self.student, self.guide, self.gradients, batches, labels)
             return
-        for index in range(len(batches)):
-            loss, parts = losses(index)
+        for rows, batch in batches:
+            loss, parts = self.guide.loss(self.student, self._on_device(batch), labels, rows)
             self.accelerator.backward(loss * self.sharding.loss_scale)
             yield {"loss": loss, **parts}
 

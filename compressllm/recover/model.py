@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from compressllm.core.cache import cache_folder
-from compressllm.core.compute import choose_device, multiplies_bf16_faster
+from compressllm.core.compute import choose_device, training_dtype
 from compressllm.core.errors import FormatError, RecipeError
 from compressllm.core.masks import MaskStore
 from compressllm.core.run import Run
@@ -31,12 +31,18 @@ from compressllm.recover.sharding import Sharding, make_sharding
 from compressllm.recover.trainee import Trainee
 
 
-def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run | None = None) -> Bundle:
+def recover_model(
+    bundle: Bundle, config: RecoverConfig | None = None, run: Run | None = None, *, held_out: int | None = None
+) -> Bundle:
     """Train what is kept of a pruned model, towards its dense teacher if there is one, under its masks.
 
     A bundle with a checkpoint is trained in memory and written anew to ``run.folder``; a killed call goes on from the
     last checkpoint there, on a CPU to the same result, bit for bit. A bundle that holds its weights itself is changed
     in place.
+
+    Args:
+        held_out: Windows that are held out at most; as many as its tokens allow unless given. Trainings on the same
+            data with the same number hold out the same.
 
     Raises: RecipeError, FormatError, CalibrationError, UnsupportedModelError; RunError if ``run.folder`` holds a call
         with other settings; TrainingError if training diverges, or what it leaves breaks a pattern.
@@ -48,7 +54,7 @@ def recover_model(bundle: Bundle, config: RecoverConfig | None = None, run: Run 
     accelerator, sharding = accelerator_for(device, run.ranks), make_sharding(config.sharding, run.ranks, device)
     _check_share(config, sharding)
     held = find_held(bundle, config, run)
-    data = load_data(config, bundle, run)
+    data = load_data(config, bundle, run, held_out)
 
     dtype = _compute_dtype(bundle, config, device)
     packed = isinstance(data.train, PackedRows)
@@ -129,8 +135,4 @@ def _check_share(config: RecoverConfig, sharding: Sharding) -> None:
 
 
 def _compute_dtype(bundle: Bundle, config: RecoverConfig, device: torch.device) -> torch.dtype:
-    if bundle.checkpoint is None:
-        return bundle.stored_dtype
-    if config.dtype == "auto":
-        return torch.bfloat16 if multiplies_bf16_faster(device) else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return bundle.stored_dtype if bundle.checkpoint is None else training_dtype(config.dtype, device)

@@ -40,12 +40,21 @@ class Student(nn.Module):
             batch: ``input_ids`` and ``labels`` (B, S) and what else the model's forward takes. A label is the token
                 that follows its position; `IGNORED` where none is predicted.
         """
-        hidden = hidden_states(self.model, batch)
+        return self.at_head(self.hidden(batch), batch["labels"], teacher, weights, denominator)
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, S, d) what the head is given."""
+        return hidden_states(self.model, batch)
+
+    def at_head(
+        self, hidden: Tensor, labels: Tensor, teacher: Teacher | None, weights: LossWeights, denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` gives, of hidden states."""
         module = self.model.get_output_embeddings()
         # Looked up at every call: sharding puts another tensor there.
         head = replace(self._head, weight=module.weight, bias=getattr(module, "bias", None))
         return head_loss(
-            hidden.flatten(0, 1), head, batch["labels"].flatten(), teacher, weights, self._temperature,
+            hidden.flatten(0, 1), head, labels.flatten(), teacher, weights, self._temperature,
             denominator=denominator,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 from compressllm.core.atomic import drop_scratch, is_scratch, sync, write_atomically, write_json
 from compressllm.core.errors import CompressError, OutOfMemoryError, RunError, TrainingError
 from compressllm.core.lock import Lock
-from compressllm.core.run import JOURNAL
+from compressllm.core.run import JOURNAL, TEACHER
 from compressllm.core.settings import differences
 from compressllm.stages.environment import environment
 from compressllm.stages.recipe import Recipe
@@ -62,7 +62,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = isinstance(error, TrainingError | OutOfMemoryError) and any(self.path.glob(f"*/{JOURNAL}"))
+        kept = isinstance(error, TrainingError | OutOfMemoryError) and any(self.path.rglob(JOURNAL))
         if self.made and isinstance(error, CompressError) and not self.manifest["stages"] and not kept:
             shutil.rmtree(self.path)
         self._lock.release()
@@ -75,7 +75,7 @@ class RunFolder:
     def stage_folder(self, index: int, name: str) -> Path:
         """The folder of unfinished stage ``index``: with what it can go on from, or else empty."""
         folder = self.stage_path(index, name)
-        if folder.exists() and not (folder / JOURNAL).exists():
+        if folder.exists() and not any(folder.rglob(JOURNAL)):
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         drop_scratch(folder)
@@ -120,7 +120,7 @@ class RunFolder:
         """A finished stage's journal and checkpoints go; also those that a kill just after it was finished left."""
         folder = self.stage_path(index, self.manifest["stages"][index]["stage"])
         (folder / JOURNAL).unlink(missing_ok=True)
-        for scrap in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
+        for scrap in (*folder.glob("checkpoint-*"), *folder.glob("best-*"), *folder.glob(TEACHER)):
             shutil.rmtree(scrap)
 
     def _begin(self, recipe: Recipe, source: str) -> dict[str, Any]:

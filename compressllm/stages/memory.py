@@ -13,7 +13,7 @@ from compressllm.calibration.source import open_source
 from compressllm.calibration.tokenids import TokenIds
 from compressllm.calibration.windows import CALIBRATION_SAMPLES, CALIBRATION_SEQLEN, EVALUATION_SEQLEN
 from compressllm.contextual.config import ContextualConfig
-from compressllm.core.compute import choose_device, choose_dtype
+from compressllm.core.compute import choose_device, choose_dtype, training_dtype
 from compressllm.core.config import Config
 from compressllm.core.errors import RunError
 from compressllm.core.memory import MemoryNeed, available_bytes, peak_of
@@ -28,6 +28,7 @@ from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.prune.exchange import SEARCHED_AT_ONCE
 from compressllm.quantize.config import QuantizeConfig
 from compressllm.recover.config import RecoverConfig
+from compressllm.recover.gradients import fit_beside
 from compressllm.stages.sizes import Sizes, sizes_of
 
 _BATCH_TOKENS = 1024  # that walks and evaluations compute at once on each core
@@ -174,24 +175,22 @@ def _contextual(bundle: Bundle, config: ContextualConfig) -> MemoryNeed:
 
 def _recover(bundle: Bundle, config: RecoverConfig) -> MemoryNeed:
     device = choose_device(config.device)
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = training_dtype(config.dtype, device)
     sizes = sizes_of(bundle, dtype, device)
     micro = -(-config.windows_per_step // config.micro_batch)
     trained = sizes.parameters if config.train == "all" else sizes.parameters // 50
-    floats = dtype == torch.float32
-    together = floats and 1 < sizes.threads <= micro and 4 * trained * (sizes.threads + 1) <= 4e9
+    together = 1 < sizes.threads <= micro and fit_beside(sizes.computed * trained, sizes.threads + 1)
     passes = sizes.threads if together else 1
     tokens = passes * config.micro_batch * config.seqlen
     kept = sizes.hidden * sizes.blocks + sizes.saved if config.activation_checkpointing else sizes.saved * sizes.blocks
     teacher = bool(config.teacher and config.teacher_cache is None)
-    apart = 4 * trained if not floats or config.masking == "ast" else 0
+    apart = 4 * trained if dtype != torch.float32 or config.masking == "ast" else 0
     return MemoryNeed(
         {
             "student": sizes.parameters * sizes.computed,
             "teacher": sizes.parameters * sizes.computed * teacher,
             "optimizer": 8 * trained + apart,
-            "gradients": 4 * trained * (1 + (passes if together else 0)),
+            "gradients": trained * (4 + sizes.computed * (passes if together else 0)),
             "activations": tokens * kept * sizes.computed,
             "logits": passes * (_HEAD_BUFFERS * (3 if teacher else 2) + 4 * sizes.vocabulary * sizes.hidden),
             "modules": _LATE,

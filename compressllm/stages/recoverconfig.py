@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compressllm.core.errors import CompressError, RecipeError
 from compressllm.core.protocols import SELECTORS
@@ -14,12 +14,25 @@ from compressllm.recover.config import RecoverConfig
 from compressllm.select.config import ChoiceConfig
 from compressllm.stages.yamltext import parse_yaml
 
+_BEFORE: Final = {"select", "teacher_tokens", "teacher_lr"}
+_SHARED: Final = {
+    "data", "mixture", "records", "record", "held_out", "seqlen", "batch_tokens", "micro_batch", "warmup", "betas",
+    "weight_decay", "clip", "activation_checkpointing", "sharding", "save_every", "diverged", "dtype",
+    "device",
+}  # fmt: skip
+
 
 class RecoverStageConfig(RecoverConfig):
     """Train a pruned model back towards its dense teacher, under its masks."""
 
     select: ChoiceConfig | None = None
     """Train on some of the records only, chosen beforehand: a method and a budget, as in paser:budget=0.1."""
+
+    teacher_tokens: int | None = Field(default=None, ge=1)
+    """Train the teacher on the same data first, on cross entropy alone and for so many tokens: text of a kind that it
+    does not know, or writes otherwise, it teaches badly."""
+    teacher_lr: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of that."""
 
     @field_validator("select", mode="before")
     @classmethod
@@ -40,9 +53,29 @@ class RecoverStageConfig(RecoverConfig):
             raise ValueError(f"select: {name} compares the pruned model with the dense one; give that as teacher")
         return self
 
+    @model_validator(mode="after")
+    def _with_teacher(self) -> RecoverStageConfig:
+        if self.teacher_tokens is not None and self.teacher is None:
+            raise ValueError("teacher_tokens: there is no teacher to train; give one, or leave them out")
+        return self
+
     def training(self, **changes: Any) -> RecoverConfig:
         """The settings of the training alone, some of them changed."""
-        return RecoverConfig.model_validate({**self.model_dump(exclude={"select"}), **changes})
+        return RecoverConfig.model_validate({**self.model_dump(exclude=_BEFORE), **changes})
+
+    def correction(self, training: RecoverConfig) -> RecoverConfig:
+        """The settings of the teacher's training: those of the student's, as far as they say how to train."""
+        kept = training.model_dump(include=_SHARED)
+        return RecoverConfig.model_validate(
+            {
+                **kept,
+                "losses": "ce=1.0",
+                "masking": "none",
+                "max_tokens": self.teacher_tokens,
+                "lr": self.teacher_lr,
+                "evaluate_every": 0.5,
+            }
+        )
 
 
 def choice_of(text: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The recover stage: choose the records to train on, if settings say so, then train."""
+"""The recover stage: choose the records to train on and correct the teacher, if settings say so, then train."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from compressllm.core.errors import CalibrationError, FormatError
 from compressllm.core.run import Run
 from compressllm.models.bundle import Bundle, open_bundle
 from compressllm.models.shards import file_sha256
+from compressllm.recover.config import RecoverConfig
 from compressllm.recover.conversation import encode_all
 from compressllm.recover.data import record_files
 from compressllm.recover.model import recover_model
@@ -17,6 +18,7 @@ from compressllm.recover.records import Message, Tally, read_records
 from compressllm.select.config import ChoiceConfig, SelectConfig
 from compressllm.select.records import Record
 from compressllm.select.selection import select_records
+from compressllm.stages.correction import corrected_teacher
 from compressllm.stages.recoverconfig import RecoverStageConfig
 from compressllm.stages.selection import write_selection
 
@@ -27,17 +29,26 @@ CHOSEN: Final = "chosen.jsonl"
 def recover_stage(bundle: Bundle, config: RecoverStageConfig, run: Run) -> Bundle:
     """Train the bundle as `recover_model` does, on the records that ``config.select`` chooses if it is there.
 
+    With ``config.teacher_tokens`` the teacher is trained first.
+
     Raises: as `recover_model` and `select_records`; FormatError if there is no folder to keep the choice in.
     """
     if config.select is None:
-        return recover_model(bundle, config.training(), run)
+        return _train(bundle, config, config.training(), run)
     if run.folder is None:
         raise FormatError("select: the chosen records are kept in a file; give the run a folder")
     folder, choice = run.folder, config.select
     report = run.ranks.first_then_rest(lambda: _choose(bundle, config, choice, folder / CHOSEN, run))
     told = ("records", "budget", "chosen", "tokens", "chosen_tokens")
     run.metrics["selection"] = {"method": choice.method, **{name: report[name] for name in told}}
-    return recover_model(bundle, config.training(records=(str(folder / CHOSEN),)), run)
+    return _train(bundle, config, config.training(records=(str(folder / CHOSEN),)), run)
+
+
+def _train(bundle: Bundle, config: RecoverStageConfig, training: RecoverConfig, run: Run) -> Bundle:
+    if config.teacher_tokens is None:
+        return recover_model(bundle, training, run)
+    teacher = corrected_teacher(config, training, run)
+    return recover_model(bundle, training.model_copy(update={"teacher": teacher}), run)
 
 
 def _choose(bundle: Bundle, config: RecoverStageConfig, choice: ChoiceConfig, out: Path, run: Run) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from compressllm.prune.config import PermuteConfig, PruneConfig
 from compressllm.quantize.config import QuantizeConfig
 from compressllm.recover.config import RecoverConfig
 from compressllm.stages.recipe import Recipe
+from compressllm.stages.recoverconfig import RecoverStageConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def needed_space(recipe: Recipe, bundle: Bundle) -> list[Needed]:
             # A checkpoint is the weights and two moments in float32, and goes when the next one is there; beside it lie
             # the best weights.
             peak = max(28 * numbers, 16 * numbers + left)
+        if isinstance(config, RecoverStageConfig) and config.teacher_tokens:
+            peak += plain  # it lies there while the student is trained
         needed.append(Needed(name, left, peak))
     return needed
 

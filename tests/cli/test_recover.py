@@ -144,6 +144,55 @@ def test_a_finished_choice_is_not_made_again(
     assert cli("recover", one_pruned, tmp_path / "again", *flags).code == 130, "other records are another choice"
 
 
+def test_a_teacher_learns_the_text_first(
+    cli: Callable[..., Any], one_pruned: Path, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressllm.recover import loop
+    from compressllm.stages import correction
+
+    (tmp_path / "loud.txt").write_text(Path(text).read_text().upper())
+    flags = ("--teacher", tiny, "--data", tmp_path / "loud.txt", "--seqlen", 64, "--batch-tokens", 256, "--lr", 1e-3,
+             "--max-tokens", 4096, "--teacher-tokens", 2048, "--teacher-lr", 1e-3)  # fmt: skip
+    whole = cli("recover", one_pruned, tmp_path / "whole", *flags, "--json")
+    assert whole.code == 0, whole.err
+    metrics = whole.json["stages"][0]["metrics"]
+    learnt = metrics["correction"]
+    assert (learnt["tokens"], learnt["lr"]) == (2048, 1e-3)
+    assert learnt["held_out_perplexity"]["after"] < 0.8 * learnt["held_out_perplexity"]["before"]
+    student = metrics["held_out_perplexity"]
+    assert student["teacher"] == pytest.approx(learnt["held_out_perplexity"]["after"], rel=1e-5), "the same windows"
+    assert student["after"] < learnt["held_out_perplexity"]["before"], "better than the dense model was"
+    assert not (tmp_path / "whole" / "01-recover" / "teacher").exists()
+    assert cli("verify", tmp_path / "whole", "--pattern", "2:4").code == 0
+
+    step = loop.Training._step
+
+    def stops_at(number: int) -> Callable[..., Any]:
+        calls = iter(range(number))
+
+        def stops(*rest: Any) -> Any:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return step(*rest)
+
+        return stops
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_step", stops_at(5))  # in the teacher's training
+        assert cli("recover", one_pruned, tmp_path / "out", *flags).code == 130
+        patch.setattr(loop.Training, "_step", stops_at(9))  # it goes on after 5 of its 8, and the student's begins
+        assert cli("recover", one_pruned, tmp_path / "out", *flags).code == 130
+    assert (tmp_path / "out" / "01-recover" / "teacher" / "model").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(correction, "recover_model", None)
+        again = cli("recover", one_pruned, tmp_path / "out", *flags, "--json")
+    assert again.code == 0, again.err
+    assert again.json["stages"][0]["metrics"]["correction"]["held_out_perplexity"] == learnt["held_out_perplexity"]
+    same = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert same[0] == same[1]
+    assert not (tmp_path / "out" / "01-recover" / "teacher").exists()
+
+
 def test_a_cached_teacher_answers_once(
     cli: Callable[..., Any], one_pruned: Path, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +281,7 @@ def test_budget_check_says_how_far_decay_reaches(cli: Callable[..., Any], tiny: 
         (("--losses", "ce=1", "--records", "x", "--select", "random:0.1"), "'0.1' has no value"),
         (("--losses", "ce=1", "--mixture", "0.5,0.5"), "mixture has 2 shares for 1 sources"),
         (("--losses", "ce=1", "--seqlen", "100000"), "seqlen 100000"),
+        (("--losses", "ce=1", "--teacher-tokens", "1000"), "there is no teacher to train"),
         (("--losses", "ce=1", "--pattern", "1:4"), "breaks 1:4"),
         (("--losses", "ce=1", "--sharding", "fsdp2"), "fsdp2 needs several processes"),
         (("--teacher", "./nowhere", "--seqlen", "64"), "nowhere: does not exist"),
