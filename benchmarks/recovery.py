@@ -109,12 +109,7 @@ def measure(row: str, options: argparse.Namespace, seed: int, scratch: Path) -> 
         recover["warmup"] = min(0.05, rise / options.tokens)
     dense = ROWS[row].get("masking") == "none"
     if recover.pop("corrected", False):
-        first = {**recover, "losses": "ce=1.0", "masking": "none", "lr": 1e-4}
-        del first["teacher"]
-        correct, teacher = scratch / "teacher.yaml", scratch / "teacher"
-        correct.write_text(yaml.safe_dump({"model": options.teacher, "seed": seed, "stages": [{"recover": first}]}))
-        run_process([sys.executable, "-m", "compressllm", "run", str(correct), str(teacher), "--json"])
-        recover["teacher"] = str(teacher)
+        recover |= {"teacher_tokens": options.tokens, "teacher_lr": 1e-4}
     if recover["losses"] == "ce=1.0":
         del recover["teacher"]
     student = options.student
