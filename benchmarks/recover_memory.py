@@ -3,8 +3,8 @@
     python benchmarks/recover_memory.py --student PRUNED --teacher demo --data TEXT
 
 Every row is a process of its own on one thread, so that one micro-batch is alive at a time; `threads2` is `fixed` with
-two. `static_bytes` is counted: weights, gradients, moments and teacher, four bytes a number unless the row computes in
-bfloat16; what is above it and the interpreter is activations, logits and the allocator's. Rows that the result file has
+two. `static_bytes` is counted: weights, gradients, moments and teacher; rows compute in float32 unless they say
+otherwise; what is above it and the interpreter is activations, logits and the allocator's. Rows that the result file has
 already are not measured again.
 """
 
@@ -54,7 +54,7 @@ def static_bytes(row: str, flags: dict[str, str], parameters: int, trained: int)
 
 def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     """A few steps in a process of its own."""
-    flags = {"losses": "kl=1.0", "teacher": options.teacher, **ROWS[row]}
+    flags = {"losses": "kl=1.0", "teacher": options.teacher, "dtype": "float32", **ROWS[row]}
     if flags["losses"] == "ce=1.0":
         del flags["teacher"]
     command = [

@@ -27,6 +27,7 @@ class Gradients:
     def __init__(self, parameters: Mapping[str, nn.Parameter], local: Callable[[Tensor], Tensor]) -> None:
         self._parameters, self._local = dict(parameters), local
         self._sums: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}  # the sums of the step before: on a CPU fresh memory costs more than sums do
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
@@ -52,10 +53,15 @@ class Gradients:
     def add_(self, gradients: Mapping[str, Tensor]) -> None:
         """Add what `of` gave to the sums, and take it over."""
         for name, gradient in gradients.items():
-            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient.float()
+            self._add_(name, gradient)
 
     def clear_(self) -> None:
         """Forget them, those of a backward pass that was broken off too."""
+        self._room = {
+            name: one
+            for name, one in self._sums.items()
+            if one.device.type == "cpu" and self._parameters[name].dtype != torch.float32
+        }
         self._sums.clear()
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -64,8 +70,13 @@ class Gradients:
         if parameter.grad is None:
             return
         gradient, parameter.grad = self._local(parameter.grad), None
+        self._add_(name, gradient)
+
+    def _add_(self, name: str, gradient: Tensor) -> None:
         if name in self._sums:
             self._sums[name].add_(gradient)
+        elif name in self._room:
+            self._sums[name] = self._room.pop(name).copy_(gradient)
         else:
             self._sums[name] = gradient.float()
 

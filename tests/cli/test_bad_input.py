@@ -180,7 +180,7 @@ def test_run_of_another_recipe(cli: Callable, tiny: str, tmp_path: Path) -> None
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     done = cli("prune", tiny, tmp_path / "out", "--method", "random")
     assert done.code == 2
-    assert "another recipe" in done.err
+    assert "another recipe (stages.0.prune.method: 'magnitude' then, 'random' now);" in done.err
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
     assert cli("prune", tiny, tmp_path / "out", "--method", "magnitude", "--no-resume").code == 2
 
