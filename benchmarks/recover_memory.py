@@ -3,8 +3,8 @@
     python benchmarks/recover_memory.py --student PRUNED --teacher demo --data TEXT
 
 Every row is a process of its own on one thread, so that one micro-batch is alive at a time; `threads2` is `fixed` with
-two. `static_bytes` is counted: weights, gradients, moments and teacher; rows compute in float32 unless they say
-otherwise; what is above it and the interpreter is activations, logits and the allocator's. Rows that the result file has
+two. Rows compute in float32 unless they say otherwise. `static_bytes` is counted: weights, gradients, moments and
+teacher; what is above it and the interpreter is activations, logits and the allocator's. Rows that the result file has
 already are not measured again.
 """
 
