@@ -163,3 +163,20 @@ def _differences(before: str, recipe: Recipe) -> str:
     """All settings that differ between a run's recipe, as YAML, and another."""
     then, now = (parse_yaml(text, RECIPE)[0] for text in (before, recipe.to_yaml()))
     return "; ".join(differences(then, now)) or "of another version"
+
+
+def lock_folder(path: Path) -> Lock:
+    """Hold a folder, made if it is not there, against other processes.
+
+    Raises: RunError, naming the process, if it is in use; or if it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return Lock(path / LOCK, path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def now() -> str:
+    """The time, as the manifest has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
