@@ -35,7 +35,7 @@ def corrected_teacher(config: RecoverStageConfig, training: RecoverConfig, run: 
     """
     if run.folder is None:
         raise FormatError("teacher_tokens: the corrected teacher is kept in a file; give the run a folder")
-    folder, settings = run.folder / TEACHER, config.correction(training)
+    folder, settings = run.folder.absolute() / TEACHER, config.correction(training)
     folder.mkdir(exist_ok=True)
     held_out = held_out_windows(training)  # what the student is judged by, its teacher is not to have seen either
     made_of = {

@@ -37,7 +37,7 @@ def recover_stage(bundle: Bundle, config: RecoverStageConfig, run: Run) -> Bundl
         return _train(bundle, config, config.training(), run)
     if run.folder is None:
         raise FormatError("select: the chosen records are kept in a file; give the run a folder")
-    folder, choice = run.folder, config.select
+    folder, choice = run.folder.absolute(), config.select  # processes may know it by different names
     report = run.ranks.first_then_rest(lambda: _choose(bundle, config, choice, folder / CHOSEN, run))
     told = ("records", "budget", "chosen", "tokens", "chosen_tokens")
     run.metrics["selection"] = {"method": choice.method, **{name: report[name] for name in told}}

@@ -161,6 +161,24 @@ def test_a_model_stays_where_it_is_until_the_slower_process_has_opened_it(
     assert [code for code, _, _ in ended] == [0, 0], ended
 
 
+@pytest.mark.parametrize("made", ["teacher", "records"])
+def test_processes_share_what_is_made_before_training(
+    command: Callable, tiny: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # only the first knows the output by the name that was given
+    command("prune", tiny, "pruned", "--method", "magnitude")
+    rows = [{"instruction": f"Say {number}.", "output": f"{number} it is."} for number in range(40)]
+    Path("records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = {
+        "teacher": ["--data", text, "--teacher-tokens", "512"],
+        "records": ["--records", "records.jsonl", "--select", "random:budget=20"],
+    }
+    flags = ["--teacher", tiny, "--seqlen", "64", "--max-tokens", "512", "--batch-tokens", "256"]
+    ended = command("recover", "pruned", "out", *flags, *before[made])
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert command("verify", "out", "--pattern", "2:4")[0][0] == 0
+
+
 def test_other_commands_are_the_firsts_alone(command: Callable, tiny: str) -> None:
     (code, out, _), (other_code, other_out, other_err) = command("inspect", tiny, "--json")
     assert (code, other_code) == (0, 0)
