@@ -64,7 +64,9 @@ ROWS: dict[str, dict[str, Any]] = {
 SMALL = {"batch_tokens": 1024, "micro_batch": 1}
 ROWS |= {
     "dense-ce-half-batch-lr2e-4": ROWS["dense-ce"] | SMALL | {"lr": 2e-4, "betas": [0.9, 0.999]},
+    "kl+ce-half-batch-lr6e-4-beta0.95": ROWS["kl+ce"] | SMALL | {"lr": 6e-4, "betas": [0.9, 0.95]},
     "kl+ce-half-batch-lr6e-4-beta0.999": ROWS["kl+ce"] | SMALL | {"lr": 6e-4, "betas": [0.9, 0.999]},
+    "kl+ce-half-batch-lr1e-3-beta0.99": ROWS["kl+ce"] | SMALL | {"lr": 1e-3, "betas": [0.9, 0.99]},
     # At its peak until the last fifth, so that a longer training begins as a shorter one does.
     "kl+ce-half-batch-lr4e-4-beta0.99-constant": ROWS["kl+ce"]
     | SMALL

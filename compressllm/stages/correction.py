@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from compressllm.core.atomic import write_json
 from compressllm.core.errors import FormatError
-from compressllm.core.run import TEACHER, Run
+from compressllm.core.run import TEACHER, Run, read_journal
 from compressllm.models.bundle import open_bundle
 from compressllm.recover.config import RecoverConfig
 from compressllm.recover.data import held_out_windows
@@ -29,7 +29,8 @@ def corrected_teacher(config: RecoverStageConfig, training: RecoverConfig, run: 
         config: Says for how many tokens, and how fast.
         training: The student's settings.
 
-    Raises: as `recover_model`; FormatError if there is no folder to keep the teacher in.
+    Raises: as `recover_model`; FormatError if there is no folder to keep the teacher in; RunError if what a stopped run
+        left is damaged.
 
     Source: teacher correction, arXiv 2408.11796.
     """
@@ -71,5 +72,5 @@ def _finished(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
     """What was told of the teacher, if a run that was stopped had finished it."""
     if not (folder / _DONE).exists():
         return None
-    found: dict[str, Any] = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    found = read_journal(folder / _DONE, {"made_of", "facts"})
     return dict(found["facts"]) if found["made_of"] == json.loads(json.dumps(made_of)) else None

@@ -183,6 +183,13 @@ def test_a_teacher_learns_the_text_first(
         patch.setattr(loop.Training, "_step", stops_at(9))  # it goes on after 5 of its 8, and the student's begins
         assert cli("recover", one_pruned, tmp_path / "out", *flags).code == 130
     assert (tmp_path / "out" / "01-recover" / "teacher" / "model").exists()
+    told = tmp_path / "out" / "01-recover" / "teacher" / "corrected.json"
+    whole_file = told.read_text()
+    told.write_text(whole_file[:40])
+    damaged = cli("recover", one_pruned, tmp_path / "out", *flags)
+    assert damaged.code == 2
+    assert "corrected.json: is damaged" in damaged.err
+    told.write_text(whole_file)
     with monkeypatch.context() as patch:
         patch.setattr(correction, "recover_model", None)
         again = cli("recover", one_pruned, tmp_path / "out", *flags, "--json")
